@@ -1,0 +1,44 @@
+# Every target works from a fresh checkout: the environment is made on first use and kept until
+# pyproject.toml or constraints.txt changes. Choose another interpreter with PYTHON=python3.12.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.everstep-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench chaos clean
+
+help: ## Show this help
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort \
+		| awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make .venv with everything that the other targets need
+
+# The stamp comes last, so that an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## Train through a failure and a return, and check the result
+	$(BIN)/everstep demo
+
+test: $(STAMP) ## Run the tests, without the chaos tests
+	$(BIN)/python -m pytest -q
+
+chaos: $(STAMP) ## Run the tests that kill processes at random (minutes)
+	$(BIN)/python -m pytest -q -m chaos tests/chaos
+
+check: $(STAMP) ## Check formatting, lint, types and the direction of imports
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) ## Measure recovery time and overhead
+	$(BIN)/python -m benchmarks.recovery
+	$(BIN)/python -m benchmarks.overhead
+
+clean: ## Remove runs and caches; keeps .venv
+	rm -rf runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,56 @@
+"""A worker's line to its agent: a socket, a thread that reads it, and a queue.
+
+The training thread may be blocked inside a collective for as long as a dead peer's connection
+lives, so somebody else has to hear that it should stop. The reader hands every message to `on_message`
+first, in its own thread, and then queues it for the training thread.
+
+If the agent is gone the worker must not outlive it: end of file ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from elastic.messages import AgentMessage, WorkerMessage
+
+
+class AgentLink:
+    """Both directions of the line. `send` may be called from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._inbox: queue.SimpleQueue[AgentMessage] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self._decoder = msgspec.json.Decoder(AgentMessage)
+
+    def start(self, on_message: Callable[[AgentMessage], None]) -> None:
+        """Begin to read."""
+        reader = threading.Thread(
+            target=self._read, args=(on_message,), name="agent-link", daemon=True
+        )
+        reader.start()
+
+    def send(self, message: WorkerMessage) -> None:
+        """Tell the agent; returns once the kernel has the bytes, so they survive this process."""
+        encoded = msgspec.json.encode(message)
+        with self._sending:
+            self._connection.send_bytes(encoded)
+
+    def receive(self) -> AgentMessage:
+        """The next message, waiting for it."""
+        return self._inbox.get()
+
+    def _read(self, on_message: Callable[[AgentMessage], None]) -> None:
+        while True:
+            try:
+                message = self._decoder.decode(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                os._exit(1)
+            on_message(message)
+            self._inbox.put(message)

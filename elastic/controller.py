@@ -1,0 +1,447 @@
+"""The controller: one pure state machine that takes a job from failure to failure.
+
+Events go in with the time, effects come out; the driver performs them. The machine is the table
+`_TABLE`: what is not in it is a protocol error that names event and phase.
+
+    QUIESCING   a generation was announced; each placed worker is to stop and say where it stands
+    REBUILDING  its plan is published; workers make groups
+    RESHARDING  all have groups; shards move
+    RESUMING    all hold their shards; the first step is under way
+    RUNNING     all run steps of this generation
+    COMPLETED   every worker committed the last step
+    HALTED      nothing could be done; the reason says why
+
+A failure of a placed worker in any phase but the last two announces the next generation, whatever
+the present one was doing. The job starts as a generation 1 for which everybody is awaited and
+nobody has to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from elastic.membership import Membership
+from elastic.messages import (
+    Adopt,
+    AgentRecord,
+    ConnectionLost,
+    Failed,
+    FaultFired,
+    Fence,
+    NodeProgress,
+    NodeReport,
+    PhaseDone,
+    Quiesce,
+    Quiesced,
+    RecoveryPhase,
+    StepDone,
+    Stop,
+)
+from elastic.plan import NoPlan, Plan
+from elastic.planner import JobShape, Situation, home_devices, plan_generation
+from elastic.topology import DeviceId, Member
+
+
+class Phase(StrEnum):
+    """Phases of the machine; see the module's docstring."""
+
+    QUIESCING = "quiescing"
+    REBUILDING = "rebuilding"
+    RESHARDING = "resharding"
+    RESUMING = "resuming"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    HALTED = "halted"
+
+
+class ProtocolError(RuntimeError):
+    """An event that the controller's phase does not allow: a bug, or a foreign message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """A person wants the job to end."""
+
+    reason: str
+
+
+Event = AgentRecord | Failed | NodeReport | NodeProgress | Tick | StopRequested
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Effect: an entry of the journal."""
+
+    event: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Effect: write a message to the store under the key that belongs to it."""
+
+    message: Quiesce | Adopt | Fence | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Effect: the job is over."""
+
+    outcome: str
+    reason: str
+
+
+Effect = Note | Send | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Deadlines in seconds, and after how many generations the job gives up."""
+
+    spawn_timeout_seconds: float
+    quiesce_timeout_seconds: float
+    corroboration_seconds: float
+    max_recoveries: int
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """What the phase in progress waits for."""
+
+    members: set[Member] = field(default_factory=set)
+    deadline: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspicion:
+    """Workers lost a connection, and no failure explains it by `deadline`."""
+
+    deadline: float
+    cause: str
+
+
+class Controller:
+    """The machine. Attributes are for reading; `handle` is the only way to change them."""
+
+    def __init__(
+        self, shape: JobShape, devices: tuple[DeviceId, ...], limits: Limits, now: float
+    ) -> None:
+        self.phase = Phase.QUIESCING
+        self.generation = 1
+        self.plans: dict[int, Plan] = {}
+        self.committed: dict[Member, int] = {}
+        self._shape = shape
+        self._limits = limits
+        self._members = Membership(home_devices(shape, devices))
+        self._urgent = True
+        self._answers: dict[Member, Quiesced] = {}
+        self._awaited = _Awaited(deadline=now + limits.spawn_timeout_seconds)
+        self._phases_done: dict[RecoveryPhase, set[Member]] = {}
+        self._suspicion: _Suspicion | None = None
+        self._last_committed = -1
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take one event; returns the effects in the order in which they must be performed."""
+        handler = _TABLE.get((self.phase, type(event)))
+        if handler is None:
+            raise ProtocolError(f"{type(event).__name__} in phase {self.phase}")
+        return handler(self, event, now)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The newest plan."""
+        return self.plans[max(self.plans)] if self.plans else None
+
+    def _placed(self) -> set[Member]:
+        plan = self.plan
+        return {assignment.member for assignment in plan.placement} if plan else set()
+
+    # Events.
+
+    def _ignore(self, event: Event, now: float) -> list[Effect]:
+        return []
+
+    def _agent_record(self, event: AgentRecord, now: float) -> list[Effect]:
+        self._members.record(event)
+        if self.phase is Phase.QUIESCING:
+            return self._plan_if_quiet(now)
+        if self.phase is Phase.RUNNING:
+            return self._grow_if_possible(now)
+        return []
+
+    def _failed(self, event: Failed, now: float) -> list[Effect]:
+        failure = event.failure
+        member = Member(failure.device, failure.incarnation)
+        placed = member in self._placed() or not self.plans
+        self._members.remove(member)
+        self._awaited.members.discard(member)
+        effects: list[Effect] = [
+            Note(
+                "failure",
+                {
+                    "id": failure.id,
+                    "kind": failure.kind,
+                    "severity": failure.severity,
+                    "device": str(failure.device),
+                    "member": str(member),
+                    "evidence": failure.evidence,
+                    "detected_at": failure.at,
+                    "fault": event.fault,
+                    "fault_at": event.fault_at,
+                    "fault_phase": event.fault_phase,
+                    "phase": self.phase,
+                    "at_step": self._step_in_flight(),
+                    "placed": placed,
+                    "generation": self.generation,
+                },
+            )
+        ]
+        if not self.plans:
+            # Nothing to recover from yet: the agents replace it, or the start times out.
+            return effects
+        if member in self._placed():
+            effects += self._announce(f"{failure.device} {failure.kind}", True, now)
+        return effects
+
+    def _node_report(self, event: NodeReport, now: float) -> list[Effect]:
+        if event.generation != self.generation:
+            return []
+        for answer in event.workers:
+            if answer.member in self._awaited.members:
+                self._answers[answer.member] = answer
+                self._awaited.members.discard(answer.member)
+        return self._plan_if_quiet(now)
+
+    def _node_progress(self, event: NodeProgress, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for note in event.notes:
+            match note:
+                case StepDone():
+                    self.committed[note.member] = note.step
+                    self._last_committed = max(self._last_committed, note.step)
+                case PhaseDone() if note.generation == self.generation:
+                    effects += self._phase_done(note)
+                case ConnectionLost() if note.generation == self.generation and self._adopting:
+                    detail = {"member": str(note.member), "detail": note.detail}
+                    effects.append(Note("connection_lost", detail))
+                    # A broken connection is usually the echo of a failure whose report is on its
+                    # way; acting on it at once would cost a second generation.
+                    self._suspicion = self._suspicion or _Suspicion(
+                        now + self._limits.corroboration_seconds,
+                        f"{note.member} lost a connection that no failure explains",
+                    )
+                case FaultFired():
+                    effects.append(
+                        Note(
+                            "fault_injected",
+                            {
+                                "fault": note.fault,
+                                "member": str(note.member),
+                                "step": note.step,
+                                "phase": note.phase,
+                                "fired_at": note.at,
+                            },
+                        )
+                    )
+                case _:
+                    # A late word of an earlier generation.
+                    continue
+        if self._adopting:
+            effects += self._complete_if_done()
+        if self.phase is Phase.RUNNING:
+            effects += self._grow_if_possible(now)
+        return effects
+
+    def _tick_adopting(self, event: Tick, now: float) -> list[Effect]:
+        if self._suspicion is None or now < self._suspicion.deadline:
+            return []
+        return self._announce(self._suspicion.cause, True, now)
+
+    def _tick(self, event: Tick, now: float) -> list[Effect]:
+        if now < self._awaited.deadline:
+            return []
+        if not self.plans:
+            waited = self._limits.spawn_timeout_seconds
+            missing = ", ".join(str(device) for device in self._members.missing())
+            return self._halt(
+                f"workers on {missing} were not ready {waited:g} s after the start; "
+                "see their logs, or raise health.spawn_timeout_seconds"
+            )
+        waited = self._limits.quiesce_timeout_seconds
+        self._awaited.deadline = now + waited
+        return [
+            Send(Fence(member, f"stop for generation {self.generation}", waited))
+            for member in sorted(self._awaited.members)
+        ]
+
+    def _stop_requested(self, event: StopRequested, now: float) -> list[Effect]:
+        self.phase = Phase.HALTED
+        return [Send(Stop(event.reason)), Finish("interrupted", event.reason)]
+
+    # Transitions.
+
+    @property
+    def _adopting(self) -> bool:
+        return self.phase in (
+            Phase.REBUILDING,
+            Phase.RESHARDING,
+            Phase.RESUMING,
+            Phase.RUNNING,
+        )
+
+    def _announce(self, cause: str, urgent: bool, now: float) -> list[Effect]:
+        """Begin the next generation: everybody placed and alive is to stop."""
+        self.generation += 1
+        if self.generation - 1 > self._limits.max_recoveries:
+            return self._halt(
+                f"{cause}, after {self._limits.max_recoveries} recoveries; "
+                "raise health.max_recoveries to go on"
+            )
+        alive = set(self._members.workers().values())
+        placed = self._placed()
+        self.phase = Phase.QUIESCING
+        self._urgent = urgent
+        self._answers = {}
+        self._phases_done = {}
+        self._suspicion = None
+        self._awaited = _Awaited(placed & alive, now + self._limits.quiesce_timeout_seconds)
+        reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
+        quiesce = Quiesce(self.generation, urgent, tuple(sorted(placed - alive)), reason)
+        fields = {
+            "generation": self.generation,
+            "urgent": urgent,
+            "lost": [str(member) for member in quiesce.lost],
+            "awaited": len(self._awaited.members),
+            "reason": reason,
+        }
+        return [Send(quiesce), Note("quiesce", fields), *self._plan_if_quiet(now)]
+
+    def _plan_if_quiet(self, now: float) -> list[Effect]:
+        if not self.plans:
+            if self._members.missing():
+                return []
+        elif self._awaited.members:
+            return []
+        situation = Situation(
+            generation=self.generation,
+            workers=self._members.workers(),
+            answers=self._answers,
+            history=self.plans,
+            rendezvous=self._members.rendezvous,
+        )
+        plan = plan_generation(self._shape, situation)
+        if isinstance(plan, NoPlan):
+            return self._halt(plan.reason)
+        self.plans[self.generation] = plan
+        self.phase = Phase.REBUILDING
+        self._awaited = _Awaited()
+        placed = self._placed()
+        self.committed = {m: plan.resume_step - 1 for m in placed if m in self._answers}
+        quiesced_at = max((answer.at for answer in self._answers.values()), default=now)
+        fields = {
+            "generation": plan.generation,
+            "action": plan.action,
+            "reason": plan.reason,
+            "resume_step": plan.resume_step,
+            "applies_vote": plan.apply_vote is not None,
+            "redone": plan.redone,
+            "lost_steps": max(0, self._last_committed + 1 - plan.resume_step),
+            "degrees": plan.degrees(),
+            "batch_split": plan.batch_split,
+            "kept_tensor_groups": plan.kept_tensor_groups,
+            "moves": len(plan.reshard.moves),
+            "moved_elements": plan.reshard.elements(self._shape.sizes),
+            "slots": {str(a.coordinate): str(a.member) for a in plan.placement},
+            "quiesced_at": quiesced_at,
+            "digest": plan.digest,
+        }
+        return [Send(Adopt(plan)), Note("plan", fields)]
+
+    def _phase_done(self, note: PhaseDone) -> list[Effect]:
+        done = self._phases_done.setdefault(note.phase, set())
+        done.add(note.member)
+        if note.phase is RecoveryPhase.RESUME and self.plan is not None:
+            before = self.committed.get(note.member, -1)
+            self.committed[note.member] = max(before, self.plan.resume_step - 1)
+        if done != self._placed():
+            return []
+        effects: list[Effect] = [
+            Note(
+                "phase_done",
+                {"generation": note.generation, "phase": note.phase, "done_at": note.at},
+            )
+        ]
+        match note.phase:
+            case RecoveryPhase.QUIESCE:
+                pass
+            case RecoveryPhase.REBUILD:
+                self.phase = Phase.RESHARDING
+            case RecoveryPhase.RESHARD:
+                self.phase = Phase.RESUMING
+            case RecoveryPhase.RESUME:
+                self.phase = Phase.RUNNING
+                effects.append(Note("running", {"generation": note.generation}))
+        return effects
+
+    def _grow_if_possible(self, now: float) -> list[Effect]:
+        placed = self._placed()
+        newcomers = [m for m in self._members.workers().values() if m not in placed]
+        if not newcomers or self._step_in_flight() >= self._shape.steps - 1:
+            return []
+        names = ", ".join(str(member.device) for member in newcomers)
+        return self._announce(f"{names} is ready again", False, now)
+
+    def _complete_if_done(self) -> list[Effect]:
+        placed = self._placed()
+        last = self._shape.steps - 1
+        if not placed or any(self.committed.get(member, -1) < last for member in placed):
+            return []
+        self.phase = Phase.COMPLETED
+        reason = f"all {self._shape.steps} steps are committed"
+        return [Send(Stop(reason)), Finish("completed", reason)]
+
+    def _halt(self, reason: str) -> list[Effect]:
+        self.phase = Phase.HALTED
+        return [Note("halt", {"reason": reason}), Send(Stop(reason)), Finish("halted", reason)]
+
+    def _step_in_flight(self) -> int:
+        return max(self.committed.values(), default=-1) + 1
+
+
+_Handler = Callable[[Controller, Any, float], list[Effect]]
+
+_LIVE = (
+    Phase.QUIESCING,
+    Phase.REBUILDING,
+    Phase.RESHARDING,
+    Phase.RESUMING,
+    Phase.RUNNING,
+)
+
+_TABLE: Mapping[tuple[Phase, type[Any]], _Handler] = {
+    **{(phase, AgentRecord): Controller._agent_record for phase in _LIVE},
+    **{(phase, Failed): Controller._failed for phase in _LIVE},
+    **{(phase, NodeProgress): Controller._node_progress for phase in _LIVE},
+    **{(phase, StopRequested): Controller._stop_requested for phase in _LIVE},
+    (Phase.QUIESCING, NodeReport): Controller._node_report,
+    (Phase.QUIESCING, Tick): Controller._tick,
+    **{
+        (phase, event): handler
+        for phase in _LIVE
+        if phase is not Phase.QUIESCING
+        for event, handler in ((NodeReport, Controller._ignore), (Tick, Controller._tick_adopting))
+    },
+    **{
+        (phase, event): Controller._ignore
+        for phase in (Phase.COMPLETED, Phase.HALTED)
+        for event in (AgentRecord, Failed, NodeReport, NodeProgress, Tick, StopRequested)
+    },
+}

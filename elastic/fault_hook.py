@@ -1,0 +1,81 @@
+"""Injected faults, on the worker's side: strike when step, phase and place are right.
+
+The worker says that a fault fires before it carries it out, so that the journal knows when the
+failure really began. Faults that a previous process of this device already carried out are not
+given to its replacement.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from elastic.faults import Fault, FaultInjection, FaultPhase, NodeTarget, SlotTarget
+from elastic.topology import Coordinate
+
+
+class InjectedFault(RuntimeError):
+    """What a fault of kind ``raise`` raises."""
+
+
+class FaultHook:
+    """Faults that concern one worker.
+
+    `announce` is called with the fault, the step and the phase before anything is done.
+    """
+
+    def __init__(
+        self,
+        faults: Sequence[Fault],
+        node: int,
+        started_at: float,
+        announce: Callable[[Fault, int, FaultPhase], None],
+    ) -> None:
+        self._faults = list(faults)
+        self._node = node
+        self._started_at = started_at
+        self._announce = announce
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no fault is left to carry out."""
+        return not self._faults
+
+    def due(self, coordinate: Coordinate, step: int, phase: FaultPhase, now: float) -> Fault | None:
+        """The fault that strikes `coordinate` in this step and phase, if any."""
+        for fault in self._faults:
+            in_step = fault.at_step == step if fault.at_step is not None else True
+            in_time = fault.at_seconds is None or now - self._started_at >= fault.at_seconds
+            in_phase = fault.phase in (None, phase)
+            if in_step and in_time and in_phase and self._is_target(fault, coordinate):
+                return fault
+        return None
+
+    def strike(self, coordinate: Coordinate, step: int, phase: FaultPhase, now: float) -> None:
+        """Carry out the fault that is due, if any. Raises InjectedFault for kind ``raise``."""
+        fault = self.due(coordinate, step, phase, now)
+        if fault is not None:
+            self._faults.remove(fault)
+            self._announce(fault, step, phase)
+            _carry_out(fault)
+
+    def _is_target(self, fault: Fault, coordinate: Coordinate) -> bool:
+        match fault.target:
+            case SlotTarget(replica, slot, stage):
+                return coordinate == Coordinate(replica, stage, slot)
+            case NodeTarget(node):
+                return node == self._node
+
+
+def _carry_out(fault: Fault) -> NoReturn:
+    match fault.kind:
+        case FaultInjection.EXIT:
+            os._exit(int(dict(fault.args).get("code") or 1))
+        case FaultInjection.RAISE:
+            raise InjectedFault(f"fault {fault.id} of the faults file")
+        case _:
+            assert fault.kind is FaultInjection.SIGKILL, f"{fault.kind} is refused when read"
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError("unreachable")

@@ -1,0 +1,325 @@
+"""The faults file: which device or node is made to fail, when, how, and when it returns.
+
+Theory of operation. A faults file is a YAML list; `load_faults` turns each entry into a frozen
+`Fault`, numbered from 1 by its place in the file, so a message about fault 3 is about the third
+entry. A fault only describes; the launcher decides who carries it out. Reading makes the checks
+that need the file alone; `check_faults` makes those that need the shape and length of the run. Both
+report every problem at once, each with the entry, the field and what is allowed.
+
+The format names more than this version can inject. Such entries are refused rather than skipped: a
+fault that silently does not happen would make a run look more robust than it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, TypeAlias, TypeVar
+
+import yaml
+
+from elastic.config import ClusterConfig, ParallelConfig, yaml_problem
+
+Scalar: TypeAlias = str | int | float | bool | None
+"""A JSON value without parts: what an argument of a fault may be."""
+
+
+class FaultsError(ValueError):
+    """A faults file cannot be used; the message has one line per problem."""
+
+
+class FaultPhase(StrEnum):
+    """The part of a step, or of a recovery, in which a fault strikes."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    GRAD_SYNC = "grad_sync"
+    VOTE = "vote"
+    OPTIMIZER = "optimizer"
+    CHECKPOINT = "checkpoint"
+    REBUILD = "rebuild"
+    RESHARD = "reshard"
+
+
+class FaultInjection(StrEnum):
+    """What is done to the target."""
+
+    SIGKILL = "sigkill"
+    SIGSTOP = "sigstop"
+    EXIT = "exit"
+    RAISE = "raise"
+    SLOW = "slow"
+    NAN_LOSS = "nan_loss"
+    SPIKE = "spike"
+    BITFLIP = "bitflip"
+    XID = "xid"
+    PARTITION = "partition"
+
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+SUPPORTED_PHASES: Final = (
+    FaultPhase.FORWARD,
+    FaultPhase.BACKWARD,
+    FaultPhase.GRAD_SYNC,
+    FaultPhase.VOTE,
+    FaultPhase.OPTIMIZER,
+)
+SUPPORTED_KINDS: Final = (FaultInjection.SIGKILL, FaultInjection.EXIT, FaultInjection.RAISE)
+ENTRY_FIELDS: Final = (
+    "at_step",
+    "at_seconds",
+    "phase",
+    "target",
+    "kind",
+    "heal_at_step",
+    "args",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTarget:
+    """The worker in one slot of one replica's stage."""
+
+    replica: int
+    slot: int
+    stage: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTarget:
+    """Every worker of one node."""
+
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One failure to inject.
+
+    Attributes:
+        id: number of the entry in its file, from 1.
+        at_step: step in which it strikes, from 0; None when `at_seconds` is given.
+        at_seconds: seconds after the first step began; None when `at_step` is given.
+        phase: part of the step in which it strikes; None: any, as early as
+            possible.
+        target: whom it strikes.
+        kind: what is done.
+        heal_at_step: step from which the device may be used again; 0: at once, as only its process
+            failed; None: never in this run.
+        args: arguments of the kind, sorted by name.
+    """
+
+    id: int
+    at_step: int | None
+    at_seconds: float | None
+    phase: FaultPhase | None
+    target: SlotTarget | NodeTarget
+    kind: FaultInjection
+    heal_at_step: int | None
+    args: tuple[tuple[str, Scalar], ...] = ()
+
+
+def load_faults(path: Path) -> tuple[Fault, ...]:
+    """Read a faults file; an empty file holds no faults.
+
+    Raises:
+        FaultsError: the file or an entry cannot be used; one line per entry with a problem.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FaultsError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise FaultsError(f"{path} is not YAML: {yaml_problem(error)}") from None
+    if entries is None:
+        return ()
+    if not isinstance(entries, list):
+        raise FaultsError(
+            f"{path} holds a {type(entries).__name__}; write a list, one '- at_step: ...' a fault"
+        )
+    faults: list[Fault] = []
+    problems: list[str] = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            faults.append(_fault(number, entry))
+        except FaultsError as error:
+            problems.append(f"fault {number}: {error}")
+    if problems:
+        raise FaultsError("\n".join([f"{path} cannot be used:", *problems]))
+    return tuple(faults)
+
+
+def check_faults(
+    faults: Iterable[Fault], parallel: ParallelConfig, cluster: ClusterConfig, steps: int
+) -> None:
+    """Check that every fault can happen in a run of this shape and of this many steps.
+
+    Raises:
+        FaultsError: a target or a step lies outside the run; one line per problem.
+    """
+    problems = [
+        f"fault {fault.id}: {problem}"
+        for fault in faults
+        for problem in (
+            *_outside_shape(fault.target, parallel, cluster),
+            *_outside_run(fault, steps),
+        )
+    ]
+    if problems:
+        raise FaultsError("\n".join(problems))
+
+
+def _outside_shape(
+    target: SlotTarget | NodeTarget, parallel: ParallelConfig, cluster: ClusterConfig
+) -> Iterable[str]:
+    bounds: tuple[tuple[str, int, int], ...]
+    match target:
+        case SlotTarget():
+            bounds = (
+                ("replica", target.replica, parallel.replicas),
+                ("stage", target.stage, parallel.pipeline),
+                ("slot", target.slot, parallel.tensor),
+            )
+        case NodeTarget():
+            bounds = (("node", target.node, cluster.nodes),)
+    for name, value, size in bounds:
+        if value >= size:
+            yield f"target.{name}: {value} does not exist; the run has 0..{size - 1}"
+
+
+def _outside_run(fault: Fault, steps: int) -> Iterable[str]:
+    if fault.at_step is None:
+        return
+    if fault.at_step >= steps:
+        yield f"at_step: {fault.at_step} never comes; the run has steps 0..{steps - 1}"
+    if fault.heal_at_step and fault.heal_at_step <= fault.at_step:
+        yield (
+            f"heal_at_step: {fault.heal_at_step} is not after at_step ({fault.at_step}); set it to"
+            f" {fault.at_step + 1} or more, to 0 (at once), or leave it out (never)"
+        )
+
+
+def _fault(number: int, entry: object) -> Fault:
+    fields = _mapping(entry, "entry", ENTRY_FIELDS)
+    at_step = _whole(fields, "at_step")
+    at_seconds = _seconds(fields)
+    if (at_step is None) == (at_seconds is None):
+        given = "neither" if at_step is None else "both"
+        raise FaultsError(f"at_step, at_seconds: exactly one must be given, not {given}")
+    if fields.get("kind") is None:
+        raise FaultsError(f"kind: required; one of {_listed(SUPPORTED_KINDS)}")
+    kind = _supported(FaultInjection, SUPPORTED_KINDS, "kind", fields["kind"])
+    phase = (
+        _supported(FaultPhase, SUPPORTED_PHASES, "phase", fields["phase"])
+        if fields.get("phase") is not None
+        else None
+    )
+    return Fault(
+        id=number,
+        at_step=at_step,
+        at_seconds=at_seconds,
+        phase=phase,
+        target=_target(fields.get("target")),
+        kind=kind,
+        heal_at_step=_whole(fields, "heal_at_step"),
+        args=_arguments(fields.get("args")),
+    )
+
+
+def _target(value: object) -> SlotTarget | NodeTarget:
+    allowed = "{replica, slot}, {replica, stage, slot} or {node}"
+    if not isinstance(value, dict):
+        raise FaultsError(f"target: {value!r} given; write {allowed}")
+    if "component" in value:
+        raise FaultsError(
+            f"target.component: {value['component']!r} cannot be made to fail in this version;"
+            f" write {allowed}"
+        )
+    if "node" in value:
+        fields = _mapping(value, "target", ("node",))
+        return NodeTarget(_required(fields, "node"))
+    fields = _mapping(value, "target", ("replica", "stage", "slot"))
+    return SlotTarget(
+        replica=_required(fields, "replica"),
+        slot=_required(fields, "slot"),
+        stage=_whole(fields, "stage", "target.") or 0,
+    )
+
+
+def _required(fields: Mapping[str, Any], name: str) -> int:
+    value = _whole(fields, name, "target.")
+    if value is None:
+        raise FaultsError(f"target.{name}: required; a whole number from 0")
+    return value
+
+
+def _whole(fields: Mapping[str, Any], name: str, prefix: str = "") -> int | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    # YAML's true is an int to Python, but not to whoever wrote it.
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise FaultsError(f"{prefix}{name}: {value!r} given; must be a whole number from 0")
+    return value
+
+
+def _seconds(fields: Mapping[str, Any]) -> float | None:
+    value = fields.get("at_seconds")
+    if value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # The comparison also refuses nan.
+    if not number or not 0 <= value < float("inf"):
+        raise FaultsError(f"at_seconds: {value!r} given; must be a number of seconds from 0")
+    return float(value)
+
+
+def _arguments(value: object) -> tuple[tuple[str, Scalar], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise FaultsError(f"args: {value!r} given; write name: value pairs")
+    for name, argument in value.items():
+        # JSON has no infinity and no nan.
+        infinite = isinstance(argument, float) and not math.isfinite(argument)
+        if not isinstance(name, str) or not isinstance(argument, Scalar) or infinite:
+            raise FaultsError(
+                f"args.{name}: {argument!r} given; must be a string, a finite number, true, false"
+                " or null"
+            )
+    return tuple(sorted(value.items()))
+
+
+def _mapping(value: object, where: str, allowed: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FaultsError(f"{where}: {value!r} given; must have the fields {_listed(allowed)}")
+    for name in value:
+        if name not in allowed:
+            nearest = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.0)[0]
+            raise FaultsError(
+                f"{name}: no such field of the {where}; did you mean {nearest}?"
+                f" Allowed: {_listed(allowed)}"
+            )
+    return value
+
+
+def _supported(
+    kind: type[Choice], supported: tuple[Choice, ...], name: str, value: object
+) -> Choice:
+    choice = next((each for each in kind if each == value), None)
+    if choice is None:
+        raise FaultsError(f"{name}: {value!r} given; allowed: {_listed(supported)}")
+    if choice not in supported:
+        raise FaultsError(
+            f"{name}: {choice} is not supported in this version; allowed: {_listed(supported)}"
+        )
+    return choice
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,134 @@
+"""A whole cluster on one machine: controller, agents and store in the launcher's event loop.
+
+The launcher plays every part that would be a machine of its own elsewhere, over the same messages:
+one agent per simulated node, an embedded store, one worker process per device. It returns only when
+all processes are gone, whether the job completed, halted, or was interrupted by a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elastic.agent import Agent, NodeSpec, WorkerMain, for_node
+from elastic.config import ClusterConfig, HealthConfig
+from elastic.controller import Controller, Finish, Limits
+from elastic.driver import Driver
+from elastic.faults import Fault
+from elastic.journal import Listener, Recorder
+from elastic.memory_store import MemoryStore
+from elastic.planner import JobShape
+from elastic.spawn import Spawner
+from elastic.topology import DeviceId
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRun:
+    """What to run, where. `preload` are modules that workers need and that take long to import."""
+
+    job: str
+    shape: JobShape
+    cluster: ClusterConfig
+    health: HealthConfig
+    faults: tuple[Fault, ...]
+    run_dir: Path
+    worker_main: WorkerMain
+    preload: tuple[str, ...]
+    payload: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a run ended, and its summary."""
+
+    outcome: str
+    reason: str
+    summary: dict[str, Any]
+
+
+def run_local(run: LocalRun, listener: Listener) -> Ended:
+    """Run to the end; SIGINT and SIGTERM end the job as interrupted."""
+    # Workers inherit this; more threads than cores would slow every one of them.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return asyncio.run(_run(run, listener))
+
+
+def placed_devices(run: LocalRun) -> tuple[DeviceId, ...]:
+    """The devices that have a place in the grid, in order; spares come after them."""
+    devices = [
+        DeviceId(node, index)
+        for node in range(run.cluster.nodes)
+        for index in range(run.cluster.devices_per_node)
+    ]
+    return tuple(devices[: run.shape.tensor * run.shape.replicas])
+
+
+async def _run(run: LocalRun, listener: Listener) -> Ended:
+    logs = run.run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    store, spawner = MemoryStore(), Spawner(run.preload)
+    devices = placed_devices(run)
+    started_at = time.time()
+    controller = Controller(run.shape, devices, _limits(run.health), started_at)
+    recorder = Recorder(run.run_dir, run.job, controller.plans, listener)
+    recorder.note(started_at, "start", {"job": run.job, "workers": len(devices)})
+    driver = Driver(controller, store, run.job, recorder.observe)
+    template = NodeSpec(
+        job=run.job,
+        node=0,
+        host=LOOPBACK,
+        devices=(),
+        health=run.health,
+        faults=run.faults,
+        logs=logs,
+        worker_main=run.worker_main,
+        payload=run.payload,
+        started_at=started_at,
+    )
+    nodes = sorted({device.node for device in devices})
+    agents = [Agent(for_node(template, node, devices), store, spawner) for node in nodes]
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        name = signal.Signals(number).name
+        loop.add_signal_handler(number, driver.stop, f"the launcher received {name}")
+    ended = Finish("failed", "the launcher failed")
+    try:
+        ended = await _drive(driver, agents)
+    finally:
+        summary = recorder.close(ended.outcome)
+    return Ended(ended.outcome, ended.reason, summary)
+
+
+async def _drive(driver: Driver, agents: list[Agent]) -> Finish:
+    """Run driver and agents until the driver ends; an agent that fails first ends the run."""
+    driving = asyncio.create_task(driver.run())
+    serving = [asyncio.create_task(agent.run()) for agent in agents]
+    try:
+        await asyncio.wait([driving, *serving], return_when=asyncio.FIRST_COMPLETED)
+        for task in serving:
+            if task.done() and not driving.done():
+                task.result()
+        return await driving
+    finally:
+        # Agents end by themselves on the controller's stop; cancelling covers every other way.
+        if driving.done() and not driving.cancelled() and driving.exception() is None:
+            await asyncio.wait(serving, timeout=10)
+        for task in (driving, *serving):
+            task.cancel()
+        await asyncio.gather(driving, *serving, return_exceptions=True)
+
+
+def _limits(health: HealthConfig) -> Limits:
+    return Limits(
+        spawn_timeout_seconds=health.spawn_timeout_seconds,
+        quiesce_timeout_seconds=health.quiesce_timeout_seconds,
+        corroboration_seconds=health.corroboration_seconds,
+        max_recoveries=health.max_recoveries,
+    )

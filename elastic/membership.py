@@ -1,0 +1,50 @@
+"""Which worker processes exist, are ready, or are gone for good.
+
+Pure. An identity is never reused: a member that failed stays failed, whatever a late record of its
+node still says of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from elastic.messages import AgentRecord
+from elastic.topology import Coordinate, DeviceId, Member
+
+
+class Membership:
+    """Book of members, by the devices that the grid's places belong to."""
+
+    def __init__(self, places: Mapping[DeviceId, Coordinate]) -> None:
+        self._places = dict(places)
+        self._ready: dict[DeviceId, Member] = {}
+        self._gone: set[Member] = set()
+        self._rendezvous: dict[int, str] = {}
+
+    def record(self, record: AgentRecord) -> None:
+        """Take what an agent says of its node."""
+        self._rendezvous[record.node] = record.rendezvous
+        for member in record.ready:
+            if member not in self._gone and member.device in self._places:
+                self._ready[member.device] = member
+
+    def remove(self, member: Member) -> None:
+        """The member failed and is fenced."""
+        self._gone.add(member)
+        if self._ready.get(member.device) == member:
+            del self._ready[member.device]
+
+    def workers(self) -> dict[Coordinate, Member]:
+        """Ready workers by place, in order of place."""
+        found = {self._places[device]: member for device, member in self._ready.items()}
+        return dict(sorted(found.items()))
+
+    def missing(self) -> list[DeviceId]:
+        """Devices whose place has no ready worker."""
+        return [device for device in self._places if device not in self._ready]
+
+    @property
+    def rendezvous(self) -> str:
+        """host:port of the torch store to use: that of the first node with a ready worker."""
+        nodes = sorted({device.node for device in self._ready} & set(self._rendezvous))
+        return self._rendezvous[nodes[0]] if nodes else ""

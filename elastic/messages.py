@@ -1,0 +1,166 @@
+"""What controller, agents and workers say to each other, as frozen msgspec structs.
+
+Three conversations. Workers and their agent talk over a socket of the node. Agents and controller
+talk through the store: each struct says under which key it is written. The step and phase reports
+that only the journal needs travel the same way as all others; nobody waits for them.
+
+Every message that could be late carries the generation it belongs to.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from elastic.plan import Plan
+from elastic.session import Standing
+from elastic.topology import DeviceId, Member
+from health.events import FailureEvent
+
+
+class RecoveryPhase(StrEnum):
+    """The parts of a recovery that workers time."""
+
+    QUIESCE = "quiesce"
+    REBUILD = "rebuild"
+    RESHARD = "reshard"
+    RESUME = "resume"
+
+
+class Quiesce(msgspec.Struct, frozen=True, tag=True):
+    """Controller: stop, generation `generation` is coming. Key ``commands/quiesce/<generation>``.
+
+    `urgent`: somebody is lost, abort the step in flight; otherwise finish it first. `lost` are the
+    members that are gone, so that a survivor knows which of its groups cannot complete.
+    """
+
+    generation: int
+    urgent: bool
+    lost: tuple[Member, ...]
+    reason: str
+
+
+class Adopt(msgspec.Struct, frozen=True, tag=True):
+    """Controller: become this generation. Key ``plan/<generation>``, created once."""
+
+    plan: Plan
+
+
+class Fence(msgspec.Struct, frozen=True, tag=True):
+    """Controller: kill this process. Key ``commands/fence/<member>``."""
+
+    member: Member
+    asked_to: str
+    waited_seconds: float
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Controller: the job is over. Key ``commands/stop``."""
+
+    reason: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Worker: imports are done, a plan is awaited."""
+
+    member: Member
+
+
+class Quiesced(msgspec.Struct, frozen=True, tag=True):
+    """Worker: stopped for `generation`; `standing` is None where it holds no state."""
+
+    generation: int
+    member: Member
+    standing: Standing | None
+    tensor_group_intact: bool
+    at: float
+
+
+class PhaseDone(msgspec.Struct, frozen=True, tag=True):
+    """Worker: finished one part of the recovery into `generation`."""
+
+    generation: int
+    member: Member
+    phase: RecoveryPhase
+    at: float
+
+
+class ConnectionLost(msgspec.Struct, frozen=True, tag=True):
+    """Worker: a peer's connection broke, or a rebuild failed, in `generation`."""
+
+    generation: int
+    member: Member
+    detail: str
+
+
+class FaultFired(msgspec.Struct, frozen=True, tag=True):
+    """Worker: an injected fault strikes now. Sent by the process that is about to fail."""
+
+    fault: int
+    member: Member
+    step: int
+    phase: str
+    at: float
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True):
+    """Worker: committed `step`. The figures are the vote's, equal on all ranks.
+
+    `sharded_digest` and `replicated_digest` are this rank's parts of its replica's weights digest,
+    modulo 2**64; None where none is computed in this step. `started_at` is when this attempt began.
+    """
+
+    generation: int
+    member: Member
+    replica: int
+    step: int
+    loss: float
+    grad_norm: float
+    tokens: int
+    sample_digest: str
+    sharded_digest: int | None
+    replicated_digest: int | None
+    started_at: float
+    at: float
+
+
+class AgentRecord(msgspec.Struct, frozen=True, tag=True):
+    """Agent: it is alive, and these workers are ready. Key ``agents/<node>``, under its lease."""
+
+    node: int
+    devices: tuple[DeviceId, ...]
+    ready: tuple[Member, ...]
+    rendezvous: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Agent: a worker failed and is fenced (its process group is dead). Key ``events/<id>``.
+
+    `fault` and `fault_at` tell of the injected fault that caused it, where one did.
+    """
+
+    failure: FailureEvent
+    fault: int | None
+    fault_at: float | None
+    fault_phase: str | None
+
+
+class NodeReport(msgspec.Struct, frozen=True, tag=True):
+    """Agent: its workers' answers to a quiesce. Key ``reports/<generation>/<node>``."""
+
+    generation: int
+    node: int
+    workers: tuple[Quiesced, ...]
+
+
+class NodeProgress(msgspec.Struct, frozen=True, tag=True):
+    """Agent: what its workers said since its last one. Key ``progress/<node>``."""
+
+    node: int
+    notes: tuple[PhaseDone | ConnectionLost | StepDone | FaultFired, ...]
+
+
+WorkerMessage = Ready | Quiesced | PhaseDone | ConnectionLost | FaultFired | StepDone
+AgentMessage = Quiesce | Adopt | Stop
+StoreMessage = Quiesce | Adopt | Fence | Stop | AgentRecord | Failed | NodeReport | NodeProgress

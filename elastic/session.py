@@ -1,0 +1,179 @@
+"""A worker's step as a state machine, and the rule that decides what an interrupted step becomes.
+
+A step passes through three points. *Prepared*: this rank holds its reduced gradients. *Voted*: it
+holds the result of the commit vote, an all-reduce to which every rank contributes only after it is
+prepared. *Committed*: it has updated its parameters.
+
+Whoever holds a vote therefore knows that every rank is prepared. If a failure interrupts the step,
+each survivor reports how far it came, and `decide_resume` follows: where any survivor holds the vote
+of step s or has committed s, all survivors are prepared for s and can apply it with that vote; where
+none does, nobody has updated anything and s is redone. No committed step is lost either way.
+
+A change of layout is decided in the same way. A worker that received its new shards keeps the old
+ones until it has passed a barrier behind the exchange. Whoever passed it knows that every rank
+received everything; so the newest layout that any survivor passed to is held by all of them, as
+their current state or as their pending one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from ntp.geometry import SlotRef
+
+
+class StepPoint(StrEnum):
+    """How far the step in flight has come."""
+
+    IDLE = "idle"
+    COMPUTING = "computing"
+    PREPARED = "prepared"
+    VOTED = "voted"
+
+
+class SessionError(RuntimeError):
+    """An event that the session's state does not allow: a bug in the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """State of one worker between and within steps.
+
+    `committed` is the last step this rank committed (-1: none). `vote` is the newest vote held and
+    `voted` its step (-1: none); it is kept until the next one, because a peer may still need it.
+    The vote's fields have meaning to the trainer alone.
+    """
+
+    committed: int = -1
+    point: StepPoint = StepPoint.IDLE
+    voted: int = -1
+    vote: tuple[float, ...] | None = None
+
+    @property
+    def step(self) -> int:
+        """The step in flight, or the next one."""
+        return self.committed + 1
+
+    def start(self) -> Session:
+        """The step in flight begins."""
+        return self._move("start", StepPoint.IDLE, StepPoint.COMPUTING)
+
+    def prepare(self) -> Session:
+        """Reduced gradients are held."""
+        return self._move("prepare", StepPoint.COMPUTING, StepPoint.PREPARED)
+
+    def hold_vote(self, vote: tuple[float, ...]) -> Session:
+        """The vote's result is held."""
+        moved = self._move("hold_vote", StepPoint.PREPARED, StepPoint.VOTED)
+        return replace(moved, vote=vote, voted=self.step)
+
+    def commit(self) -> Session:
+        """Parameters are updated."""
+        moved = self._move("commit", StepPoint.VOTED, StepPoint.IDLE)
+        return replace(moved, committed=self.committed + 1)
+
+    def drop(self) -> Session:
+        """The step in flight is given up, to be redone."""
+        return replace(self, point=StepPoint.IDLE)
+
+    def _move(self, event: str, source: StepPoint, target: StepPoint) -> Session:
+        if self.point is not source:
+            raise SessionError(f"{event} in step {self.step}, which is {self.point}, not {source}")
+        return replace(self, point=target)
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a survivor reports.
+
+    `begun` is the newest step it started, `prepared` the newest whose reduced gradients it held,
+    `voted` that of `vote`; -1: none.
+    `layout_generation` is the generation whose layout its state has, and `pending_generation` one
+    whose shards it has received in full without having passed the barrier; 0: none.
+    """
+
+    slot: SlotRef
+    committed: int
+    begun: int
+    prepared: int
+    voted: int
+    vote: tuple[float, ...] | None
+    layout_generation: int
+    pending_generation: int
+
+
+def standing(
+    slot: SlotRef, session: Session, layout_generation: int, pending_generation: int
+) -> Standing:
+    """The report of a session."""
+    holds_gradients = session.point in (StepPoint.PREPARED, StepPoint.VOTED)
+    return Standing(
+        slot=slot,
+        committed=session.committed,
+        begun=session.committed if session.point is StepPoint.IDLE else session.step,
+        prepared=session.step if holds_gradients else session.committed,
+        voted=session.voted,
+        vote=session.vote,
+        layout_generation=layout_generation,
+        pending_generation=pending_generation,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What becomes of the interrupted step.
+
+    Survivors that have not committed `resume_step - 1` apply it with `vote`; then all go on with
+    `resume_step`. `redone`: some survivor had begun `resume_step`, and that work is dropped.
+    `layout_generation` is the generation whose layout everybody's state has.
+    """
+
+    resume_step: int
+    vote: tuple[float, ...] | None
+    redone: bool
+    layout_generation: int
+    reason: str
+
+
+class UnrecoverableStep(ValueError):
+    """The survivors' standings contradict the protocol: no common step or layout exists."""
+
+
+def decide_resume(standings: Sequence[Standing]) -> Resume:
+    """The rules of the module's docstring; `standings` are those of all survivors (at least one).
+
+    Raises UnrecoverableStep, which only a bug or a lost state can cause.
+    """
+    layout = max(standing.layout_generation for standing in standings)
+    # A newcomer whose first shards nobody switched to holds nothing that counts.
+    standings = [s for s in standings if layout in (s.layout_generation, s.pending_generation)
+                 or s.layout_generation]
+    elsewhere = [
+        s.slot for s in standings if layout not in (s.layout_generation, s.pending_generation)
+    ]
+    if elsewhere:
+        raise UnrecoverableStep(f"generation {layout} was adopted, but {elsewhere} hold none of it")
+    decided = max(max(standing.committed, standing.voted) for standing in standings)
+    redone = any(standing.begun > decided for standing in standings)
+    behind = [standing for standing in standings if standing.committed < decided]
+    if not behind:
+        reason = f"step {decided + 1} is redone" if redone else f"step {decided + 1} follows"
+        return Resume(decided + 1, None, redone, layout, reason)
+    unprepared = [standing.slot for standing in behind if standing.prepared != decided]
+    if unprepared:
+        raise UnrecoverableStep(
+            f"step {decided} was decided, but {unprepared} hold no reduced gradients for it"
+        )
+    vote = next((s.vote for s in standings if s.voted == decided and s.vote is not None), None)
+    if vote is None:
+        raise UnrecoverableStep(f"step {decided} was committed, but no survivor holds its vote")
+    return Resume(
+        decided + 1,
+        vote,
+        redone,
+        layout,
+        f"step {decided} was decided: {len(behind)} of {len(standings)} survivors apply it with "
+        "the vote that others hold",
+    )

@@ -1,0 +1,78 @@
+"""Processes that can start in milliseconds and cannot outlive their agent.
+
+torch and megatron-core take seconds to import. A fork server (multiprocessing's) imports them once
+per agent and forks every worker from there, so that eight workers cost one import, and a
+replacement is running before its generation is planned. Nothing in the server has touched an
+accelerator or started a thread when it forks.
+
+Every process leads its own process group, so that a signal reaches all that it may have started,
+and is killed by the kernel when the fork server dies, which ends with its agent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process started by a Spawner, and this end of the line to it."""
+
+    process: ForkServerProcess
+    connection: Connection
+
+    @property
+    def pid(self) -> int:
+        """Its process id, also that of its process group."""
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def kill(self) -> None:
+        """SIGKILL to the whole process group; does nothing once it is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+class Spawner:
+    """Starts processes from one fork server that has imported `preload` (module names)."""
+
+    def __init__(self, preload: tuple[str, ...]) -> None:
+        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(preload))
+
+    def start(self, main: Callable[..., None], log: Path, *arguments: Any) -> Child:
+        """Run ``main(connection, *arguments)`` in a new process that writes its output to `log`."""
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_enter, args=(main, str(log), theirs, *arguments))
+        process.start()
+        theirs.close()
+        return Child(process, ours)
+
+
+def _enter(main: Callable[..., None], log: str, connection: Connection, *arguments: Any) -> None:
+    parent = os.getppid()
+    os.setsid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # The fork server died before the request above took effect.
+        os._exit(1)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, sys.stdout.fileno())
+    os.dup2(output, sys.stderr.fileno())
+    os.close(output)
+    # The terminal's Ctrl-C is for the launcher, which stops its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main(connection, *arguments)

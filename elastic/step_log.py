@@ -1,0 +1,121 @@
+"""Step reports of all ranks -> one line a committed step.
+
+Pure. Every rank reports every step it commits. The vote's figures are equal on all ranks, so any
+one report gives them; the weights digest of a replica is the sum of its slots' parts, so it needs
+them all. A step's line is due when all ranks of its generation have reported it, or when the next
+step's is: a rank that died right after its commit leaves its replica's digest unknown for that
+step, and the others' digests stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from elastic.messages import StepDone
+from elastic.plan import Plan
+
+DIGEST_MODULUS = 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class StepLine:
+    """A line of steps.jsonl, and beside it what the line has no field for.
+
+    `replica_digests` are those of the replicas that reported completely; `at` is when the last
+    rank committed (seconds since the epoch).
+    """
+
+    step: int
+    generation: int
+    loss: float
+    grad_norm: float
+    tokens: int
+    sample_digest: str
+    weights_digest: str | None
+    seconds: float
+    degrees: tuple[tuple[int, ...], ...]
+    replica_digests: tuple[tuple[int, str], ...]
+    at: float
+
+    @property
+    def replicas_equal(self) -> bool | None:
+        """Whether all digests known agree; None where none is known."""
+        digests = {digest for _, digest in self.replica_digests}
+        return len(digests) == 1 if digests else None
+
+
+class StepLog:
+    """Collects reports; `take` and `flush` return the lines that became due, in order of step."""
+
+    def __init__(self, plans: Mapping[int, Plan]) -> None:
+        self._plans = plans
+        self._reports: dict[int, dict[str, StepDone]] = {}
+        self._previous_at: float | None = None
+
+    def take(self, report: StepDone) -> list[StepLine]:
+        """Add one report."""
+        if report.generation in self._plans:
+            self._reports.setdefault(report.step, {})[str(report.member)] = report
+        complete = [step for step in self._reports if self._is_complete(step)]
+        return self._lines(max(complete)) if complete else []
+
+    def flush(self) -> list[StepLine]:
+        """The job is over: everything that is left."""
+        return self._lines(max(self._reports)) if self._reports else []
+
+    def _is_complete(self, step: int) -> bool:
+        reports = self._reports[step]
+        generation = max(report.generation for report in reports.values())
+        placed = {str(a.member) for a in self._plans[generation].placement}
+        return placed <= set(reports)
+
+    def _lines(self, up_to: int) -> list[StepLine]:
+        due = sorted(step for step in self._reports if step <= up_to)
+        return [self._line(step, list(self._reports.pop(step).values())) for step in due]
+
+    def _line(self, step: int, reports: Sequence[StepDone]) -> StepLine:
+        generation = max(report.generation for report in reports)
+        plan = self._plans[generation]
+        at = max(report.at for report in reports)
+        since = self._previous_at or min(report.started_at for report in reports)
+        self._previous_at = at
+        first = reports[0]
+        digests = _replica_digests(plan, reports)
+        return StepLine(
+            step=step,
+            generation=generation,
+            loss=first.loss,
+            grad_norm=first.grad_norm,
+            tokens=first.tokens,
+            sample_digest=first.sample_digest,
+            weights_digest=digests[0][1] if digests else None,
+            seconds=at - since,
+            degrees=plan.degrees(),
+            replica_digests=digests,
+            at=at,
+        )
+
+
+def _replica_digests(plan: Plan, reports: Sequence[StepDone]) -> tuple[tuple[int, str], ...]:
+    """Digest per replica all of whose slots reported theirs and agree on the replicated tensors."""
+    found = []
+    by_member = {str(report.member): report for report in reports}
+    for replica in plan.layout.replicas:
+        members = [
+            str(a.member) for a in plan.placement if a.coordinate.replica == replica.replica
+        ]
+        parts = [by_member[member] for member in members if member in by_member]
+        if len(parts) < len(members):
+            continue
+        sharded = [part.sharded_digest for part in parts if part.sharded_digest is not None]
+        replicated = {part.replicated_digest for part in parts}
+        if len(sharded) < len(members):
+            continue
+        if len(replicated) > 1:
+            # Slots of one replica hold different norms: no digest can be right.
+            found.append((replica.replica, "differs-within-replica"))
+            continue
+        total = (sum(sharded) + (replicated.pop() or 0)) % DIGEST_MODULUS
+        found.append((replica.replica, f"{total:016x}"))
+    return tuple(found)

@@ -1,0 +1,286 @@
+"""The runtime inside a worker process: quiesce, adopt, vote.
+
+The training thread runs steps. When the agent announces a new generation, the link's thread severs
+the groups that cannot go on, which ends whatever collective the training thread is blocked in. It
+then reports where it stands, waits for the plan, and adopts it: settle the interrupted step, build
+the groups, compare digests, receive shards, pass a barrier, switch over. A further failure during
+any of this simply ends it with an exception, and the worker stands ready for the next generation
+with the state it had; see `elastic.session` for why that state is always enough.
+
+A healthy replica keeps its tensor-parallel group. Its ranks therefore stop only at the boundary
+before gradient sync, where all of them arrive. One exception: a rank that is stopped inside the
+vote cannot know whether its mates got the result and are a step ahead, waiting for it; it severs
+the group and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from elastic.agent_link import AgentLink
+from elastic.messages import (
+    Adopt,
+    AgentMessage,
+    ConnectionLost,
+    FaultFired,
+    PhaseDone,
+    Quiesce,
+    Quiesced,
+    Ready,
+    RecoveryPhase,
+    StepDone,
+    Stop,
+)
+from elastic.plan import Plan
+from elastic.session import Session, StepPoint, standing
+from elastic.topology import Coordinate, Member
+from ntp.geometry import SlotRef
+from ntp.groups import GroupAxis
+from ntp.process_groups import GroupKey, ProcessGroups
+
+
+class StepAborted(RuntimeError):
+    """The step in flight was given up because a new generation was announced."""
+
+
+class PlanMismatch(RuntimeError):
+    """The ranks of a generation hold different plans."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """What a trainer tells of a step it committed; the fields are those of `StepDone`."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    sample_digest: str
+    sharded_digest: int | None
+    replicated_digest: int | None
+
+
+class Trainable(Protocol):
+    """What the runtime asks of the thing that is trained."""
+
+    def apply(self, step: int, vote: tuple[float, ...]) -> None:
+        """Update parameters from the reduced gradients held for `step`, with its vote."""
+
+    def figures(self, step: int, vote: tuple[float, ...]) -> StepFigures:
+        """Describe `step`, which was just applied."""
+
+    def reshard(self, plan: Plan, ranks: Mapping[SlotRef, int], slot: SlotRef) -> None:
+        """Receive the shards of `plan` beside the present ones, which stay valid."""
+
+    def promote(self) -> None:
+        """Switch to the shards received last."""
+
+    def discard(self) -> None:
+        """Forget the shards received last, if any."""
+
+
+class Worker:
+    """State of one worker process with respect to the cluster."""
+
+    def __init__(
+        self, member: Member, link: AgentLink, groups: ProcessGroups, device: torch.device
+    ) -> None:
+        self.member = member
+        self.groups = groups
+        self.session = Session()
+        self.plan: Plan | None = None
+        self._link = link
+        self._device = device
+        self._quiesce: Quiesce | None = None
+        self._layout_generation = 0
+        self._pending_generation = 0
+        self._slot = SlotRef(0, 0)
+        self._step_started = (0, 0, 0.0)
+
+    def start(self) -> None:
+        """Begin to listen, and say that this worker is ready."""
+        self._link.start(self._hear)
+        self._link.send(Ready(self.member))
+
+    @property
+    def coordinate(self) -> Coordinate:
+        """This worker's place in the current plan."""
+        assert self.plan is not None
+        return next(a.coordinate for a in self.plan.placement if a.member == self.member)
+
+    @property
+    def generation(self) -> int:
+        """Generation of the current plan; 0 before the first."""
+        return self.plan.generation if self.plan else 0
+
+    @property
+    def pause_requested(self) -> bool:
+        """Whether a new generation is announced that waits for the step in flight."""
+        return self._quiesce is not None and self._quiesce.generation > self.generation
+
+    def check(self) -> None:
+        """Raise StepAborted if a new generation is announced that does not wait."""
+        quiesce = self._quiesce
+        if quiesce is not None and quiesce.urgent and quiesce.generation > self.generation:
+            raise StepAborted(quiesce.reason)
+
+    def begin_step(self) -> None:
+        """A step starts."""
+        self.session = self.session.start()
+        self._step_started = (self.generation, self.coordinate.replica, time.time())
+
+    def commit(self, trainable: Trainable, vote: tuple[float, ...]) -> None:
+        """Apply the step in flight with the vote held, and report it."""
+        step = self.session.step
+        trainable.apply(step, vote)
+        self.session = self.session.commit()
+        figures = trainable.figures(step, vote)
+        generation, replica, started_at = self._step_started
+        self._link.send(
+            StepDone(
+                generation=generation,
+                member=self.member,
+                replica=replica,
+                step=step,
+                loss=figures.loss,
+                grad_norm=figures.grad_norm,
+                tokens=figures.tokens,
+                sample_digest=figures.sample_digest,
+                sharded_digest=figures.sharded_digest,
+                replicated_digest=figures.replicated_digest,
+                started_at=started_at,
+                at=time.time(),
+            )
+        )
+
+    def announce_fault(self, fault: int, step: int, phase: str) -> None:
+        """Say that an injected fault strikes this process now."""
+        self._link.send(FaultFired(fault, self.member, step, phase, time.time()))
+
+    def await_plan(self) -> Plan | None:
+        """Answer announcements until a plan that concerns this worker arrives; None: stop."""
+        announced = self.generation
+        while True:
+            match self._link.receive():
+                case Quiesce() as quiesce:
+                    announced = quiesce.generation
+                    self._answer(quiesce)
+                case Adopt(plan) if plan.generation >= announced and self._is_placed(plan):
+                    return plan
+                case Adopt():
+                    # A plan that a newer announcement has overtaken: acting on it is forbidden.
+                    continue
+                case Stop():
+                    return None
+
+    def adopt(self, plan: Plan, trainable: Trainable) -> None:
+        """Become `plan`'s generation. Raises RuntimeError if that is interrupted."""
+        self.plan = plan
+        ranks = plan.ranks()
+        slot = self.coordinate.slot_ref
+        self._settle(plan, trainable)
+        self._slot = slot
+        rank = ranks[slot]
+        self.groups.adopt(
+            plan.groups,
+            [str(assignment.member) for assignment in plan.placement],
+            rank,
+            plan.generation,
+            _store(plan.rendezvous, self.groups.build_timeout_seconds),
+            frozenset((GroupAxis.TENSOR, replica) for replica in plan.kept_tensor_groups),
+        )
+        self.check()
+        self._compare_digests(plan)
+        self._done(RecoveryPhase.REBUILD)
+        trainable.reshard(plan, ranks, slot)
+        self._pending_generation = plan.generation
+        self.session = replace(self.session, committed=plan.resume_step - 1)
+        self._done(RecoveryPhase.RESHARD)
+        dist.all_reduce(torch.zeros(1, device=self._device), group=self.groups.world)
+        trainable.promote()
+        self._layout_generation, self._pending_generation = plan.generation, 0
+        self._done(RecoveryPhase.RESUME)
+
+    def interrupted(self, error: Exception) -> None:
+        """The step or the adoption ended with `error`: wake whoever waits for this worker."""
+        in_vote = self.session.point is StepPoint.PREPARED
+        self.groups.sever(keep=frozenset() if in_vote else self._keepable())
+        if self._quiesce is None or self._quiesce.generation <= self.generation:
+            detail = f"{type(error).__name__}: {error}"
+            self._link.send(ConnectionLost(self.generation, self.member, detail))
+
+    def _settle(self, plan: Plan, trainable: Trainable) -> None:
+        """Bring this worker to where the plan says that all survivors are."""
+        if plan.source_generation and plan.source_generation == self._pending_generation:
+            trainable.promote()
+            self._layout_generation = self._pending_generation
+        else:
+            trainable.discard()
+        self._pending_generation = 0
+        has_state = self._layout_generation > 0
+        if has_state and self.session.committed < plan.resume_step - 1:
+            assert plan.apply_vote is not None, "the plan skips a step that this worker lacks"
+            if self.session.point is StepPoint.PREPARED:
+                self.session = self.session.hold_vote(plan.apply_vote)
+            self.commit(trainable, plan.apply_vote)
+        self.session = self.session.drop()
+        assert not has_state or self.session.committed == plan.resume_step - 1
+
+    def _answer(self, quiesce: Quiesce) -> None:
+        held = None
+        if self._layout_generation or self._pending_generation:
+            held = standing(
+                self._slot, self.session, self._layout_generation, self._pending_generation
+            )
+        key, names = self._tensor_group()
+        intact = bool(names) and self.groups.intact(key, names)
+        now = time.time()
+        self._link.send(Quiesced(quiesce.generation, self.member, held, intact, now))
+
+    def _hear(self, message: AgentMessage) -> None:
+        """In the link's thread: end what cannot complete any more."""
+        if isinstance(message, Quiesce):
+            self._quiesce = message
+            if message.urgent:
+                self.groups.sever(keep=self._keepable(message.lost))
+
+    def _keepable(self, lost: tuple[Member, ...] = ()) -> frozenset[GroupKey]:
+        """This worker's tensor-parallel group, unless it lost a member."""
+        key, names = self._tensor_group()
+        whole = names and not {str(member) for member in lost} & set(names)
+        return frozenset({key}) if whole else frozenset()
+
+    def _tensor_group(self) -> tuple[GroupKey, tuple[str, ...]]:
+        if self.plan is None or not self._is_placed(self.plan):
+            return (GroupAxis.TENSOR, -1), ()
+        replica = self.coordinate.replica
+        names = tuple(
+            str(a.member) for a in self.plan.placement if a.coordinate.replica == replica
+        )
+        return (GroupAxis.TENSOR, replica), names
+
+    def _is_placed(self, plan: Plan) -> bool:
+        return any(assignment.member == self.member for assignment in plan.placement)
+
+    def _compare_digests(self, plan: Plan) -> None:
+        mine = int.from_bytes(hashlib.sha256(plan.digest.encode()).digest()[:6], "big")
+        both = torch.tensor([mine, -mine], dtype=torch.float64, device=self._device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.groups.world)
+        if both[0].item() != -both[1].item():
+            raise PlanMismatch(f"generation {plan.generation}: the ranks hold different plans")
+
+    def _done(self, phase: RecoveryPhase) -> None:
+        self._link.send(PhaseDone(self.generation, self.member, phase, time.time()))
+
+
+def _store(address: str, timeout_seconds: float) -> dist.TCPStore:
+    host, _, port = address.rpartition(":")
+    timeout = timedelta(seconds=timeout_seconds)
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)

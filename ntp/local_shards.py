@@ -1,0 +1,155 @@
+"""One slot's tensors as views into flat buffers.
+
+All parameters of a slot live in one flat tensor, and so do its gradients and each moment of the
+optimizer. A buffer begins with the tensor-parallel tensors in the order of their specs and ends
+with the replicated ones. Two things follow. The optimizer and the weights' digest are a handful of
+operations on long vectors instead of hundreds on short ones; and the home atoms of a slot that
+adopted nothing are one contiguous slice, so its gradient all-reduce needs no packing.
+
+``views`` is the only place that knows where atoms lie. It hands out, for any atoms that the slot
+owns, one strided view per tensor of their axis; packing, resharding and digests are written on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ntp.atoms import Axis, TensorSpec
+from ntp.geometry import Range, ShardMap
+
+AtomRange = tuple[Axis | None, Range | None]
+"""Atoms of an axis; ``(None, None)`` stands for all replicated tensors."""
+
+REPLICATED: AtomRange = (None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one tensor lies in a flat buffer: its spec, first element, and local (split) shape."""
+
+    spec: TensorSpec
+    offset: int
+    shape: tuple[int, ...]
+
+
+class LocalShards:
+    """The map from atoms to places in one slot's flat buffers.
+
+    Attributes: ``total`` elements in a buffer; ``sharded`` elements at its beginning that are
+    tensor parallel, the rest being replicated.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], shards: ShardMap, slot: int) -> None:
+        self.slot = slot
+        self._shards = shards
+        self.placements: list[Placement] = []
+        offset = 0
+        for spec in sorted(specs, key=lambda spec: spec.axis is None):
+            atoms = 0 if spec.axis is None else shards.local_atoms(spec.axis, slot)
+            shape = spec.local_shape(atoms)
+            self.placements.append(Placement(spec, offset, shape))
+            offset += prod(shape)
+        self.total = offset
+        self.sharded = sum(prod(p.shape) for p in self.placements if p.spec.axis is not None)
+
+    def home(self) -> tuple[AtomRange, ...]:
+        """The home atoms of this slot, one range an axis."""
+        return tuple((axis.axis, axis.home[self.slot]) for axis in self._shards.axes)
+
+    def owned(self) -> tuple[AtomRange, ...]:
+        """Every range this slot owns, in local order within each axis."""
+        return tuple(
+            (axis.axis, atoms) for axis in self._shards.axes for atoms in axis.owned[self.slot]
+        )
+
+    @property
+    def home_only(self) -> bool:
+        """Whether the slot owns exactly its home atoms, which then fill ``[:sharded]`` in order."""
+        return self.home() == self.owned()
+
+    def tensor(self, flat: torch.Tensor, placement: Placement) -> torch.Tensor:
+        """View of one tensor in `flat`, in its split local shape."""
+        size = prod(placement.shape)
+        return flat[placement.offset : placement.offset + size].view(placement.shape)
+
+    def views(self, flat: torch.Tensor, atoms: AtomRange) -> list[torch.Tensor]:
+        """One view per tensor that `atoms` touches, in spec order.
+
+        `atoms` must lie inside one range that this slot owns.
+        """
+        axis, atom_range = atoms
+        found = []
+        for placement in self.placements:
+            if placement.spec.axis is not axis:
+                continue
+            view = self.tensor(flat, placement)
+            if axis is not None and atom_range is not None:
+                start = self._shards.offset_of(axis, self.slot, atom_range)
+                view = view.narrow(placement.spec.atom_dim, start, len(atom_range))
+            found.append(view)
+        return found
+
+    def elements(self, ranges: Iterable[AtomRange]) -> int:
+        """Elements that `pack` of the same ranges yields."""
+        return sum(
+            placement.spec.elements(0 if atoms is None else len(atoms))
+            for axis, atoms in ranges
+            for placement in self.placements
+            if placement.spec.axis is axis
+        )
+
+    def pack(self, flat: torch.Tensor, ranges: Iterable[AtomRange]) -> torch.Tensor:
+        """Contiguous copy of the elements of `ranges`: range by range, tensor by tensor."""
+        parts = [view.reshape(-1) for atoms in ranges for view in self.views(flat, atoms)]
+        return torch.cat(parts) if parts else flat.new_empty(0)
+
+    def pack_home(self, flat: torch.Tensor) -> torch.Tensor:
+        """The home atoms, tensor by tensor: a view where the slot is `home_only`, else a copy.
+
+        Every replica's slot lays its home atoms out alike here, whatever else it owns.
+        """
+        if self.home_only:
+            return flat[: self.sharded]
+        return torch.cat([view.reshape(-1) for view in self._home_views(flat)])
+
+    def unpack_home(self, flat: torch.Tensor, packed: torch.Tensor) -> None:
+        """Write `packed`, which came from `pack_home`, back; nothing to do where it is a view."""
+        if not self.home_only:
+            _fill(self._home_views(flat), packed)
+
+    def unpack(
+        self, flat: torch.Tensor, ranges: Iterable[AtomRange], packed: torch.Tensor
+    ) -> None:
+        """Inverse of `pack`: overwrite the elements of `ranges`."""
+        _fill([view for atoms in ranges for view in self.views(flat, atoms)], packed)
+
+    def add(self, flat: torch.Tensor, ranges: Iterable[AtomRange], packed: torch.Tensor) -> None:
+        """Add `packed`, laid out as `pack` would, to the elements of `ranges`."""
+        offset = 0
+        for view in (view for atoms in ranges for view in self.views(flat, atoms)):
+            view += packed[offset : offset + view.numel()].view(view.shape)
+            offset += view.numel()
+        assert offset == packed.numel(), (offset, packed.numel())
+
+    def _home_views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        home = dict(self.home())
+        views = []
+        for placement in self.placements:
+            axis = placement.spec.axis
+            if axis is not None:
+                # The home range always comes first in the local tensor.
+                length = len(home[axis] or ())
+                views.append(self.tensor(flat, placement).narrow(placement.spec.atom_dim, 0, length))
+        return views
+
+
+def _fill(views: Iterable[torch.Tensor], packed: torch.Tensor) -> None:
+    offset = 0
+    for view in views:
+        view.copy_(packed[offset : offset + view.numel()].view(view.shape))
+        offset += view.numel()
+    assert offset == packed.numel(), (offset, packed.numel())

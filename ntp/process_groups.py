@@ -1,0 +1,334 @@
+"""The one owner of torch process groups.
+
+Modules, schedules and collectives hold *stable* groups: proxies that delegate to whatever
+communicator currently serves their axis. A recovery replaces the communicators below and leaves the
+proxies, so nothing in a model has to be rebuilt or told. `ProcessGroups` is the only holder of the
+communicators themselves, which matters because a forgotten reference keeps sockets open and with
+them every peer that waits on the other end.
+
+How a blocked collective is ended depends on the backend. Gloo's own ``abort`` does not wake pending
+operations, but shutting its connections down does, within milliseconds and on both ends; so the
+owner duplicates the descriptors of the sockets that a communicator opened and ``sever`` shuts those
+down. Duplicates, so that a descriptor number which gloo closed and the kernel reused is never hit.
+NCCL communicators are aborted. ``sever`` may be called from any thread.
+
+Communicators are created directly, without torch's default group: only members take part, under a
+store prefix that carries the generation, in one order on all ranks, with an explicit timeout.
+
+Small all-reduces over gloo do not use gloo's ring, whose 2(n-1) dependent rounds cost milliseconds
+each on a busy host: the first rank adds what the others send it, in rank order, and returns the
+sum. That is also why a sum does not depend on how a tensor was cut.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ntp.groups import GroupAxis, GroupSpec
+
+STAR_LIMIT_BYTES = 256 * 1024
+"""All-reduces over gloo up to this size go through the first rank; measured in benchmarks/."""
+
+STAR_TAG = 1 << 20
+"""Tag of the star's messages; the exchanges of `ntp.p2p` stay below it."""
+
+GroupKey = tuple[GroupAxis, int]
+
+
+class GroupSevered(RuntimeError):
+    """An operation was asked of a group that has no communicator at present."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How communicators are made. ``host`` is this worker's address; timeouts in seconds."""
+
+    backend: str
+    host: str
+    build_timeout_seconds: float
+    operation_timeout_seconds: float
+
+
+class Communicator:
+    """One live torch process group together with the means to end it from another thread."""
+
+    def __init__(self, group: Any, sockets: Sequence[socket.socket], members: tuple[str, ...]):
+        self.group = group
+        self.members = members
+        self.severed = False
+        self._sockets = list(sockets)
+
+    @property
+    def is_gloo(self) -> bool:
+        """Whether gloo serves this group."""
+        return isinstance(self.group, dist.ProcessGroupGloo)
+
+    def sever(self) -> None:
+        """End pending and future operations with an error, here and on every peer. Idempotent."""
+        self.severed = True
+        if not self.is_gloo:
+            self.group.abort()
+        for connection in self._sockets:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                # The peer closed first: there is nothing left to wake.
+                continue
+
+    def close(self) -> None:
+        """Sever, and let go of the group and its descriptors."""
+        self.sever()
+        self.group = None
+        for connection in self._sockets:
+            connection.close()
+        self._sockets = []
+
+
+class _Done:
+    """Work that was finished when it was returned."""
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Return at once."""
+        return True
+
+    def is_completed(self) -> bool:
+        """Always true."""
+        return True
+
+
+class StableGroup(dist.ProcessGroup):
+    """Proxy that outlives the communicators that serve it.
+
+    ``torch.distributed.all_reduce(x, group=proxy)`` works; ``dist.get_rank(proxy)`` does not, use
+    ``proxy.rank()``. Raises GroupSevered while no communicator is bound.
+    """
+
+    def __init__(self, axis: GroupAxis) -> None:
+        super().__init__(0, 1)
+        self.axis = axis
+        self.communicator: Communicator | None = None
+
+    @property
+    def inner(self) -> Any:
+        """The process group that serves this proxy now."""
+        if self.communicator is None or self.communicator.group is None:
+            raise GroupSevered(f"the {self.axis} group has no communicator: its generation ended")
+        return self.communicator.group
+
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return int(self.inner.rank())
+
+    def size(self) -> int:
+        """Number of ranks."""
+        return int(self.inner.size())
+
+    def getBackendName(self) -> str:  # noqa: N802 (torch's name)
+        """Name of the backend that serves the group."""
+        return str(self.inner.name())
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
+        """Reduce in place over the group; small tensors over gloo take the star (see module)."""
+        inner = self.inner
+        opts = opts if opts is not None else dist.AllreduceOptions()
+        tensor = tensors[0] if isinstance(tensors, (list, tuple)) else tensors
+        small = tensor.numel() * tensor.element_size() * (inner.size() - 1) <= STAR_LIMIT_BYTES
+        if isinstance(inner, dist.ProcessGroupGloo) and small and tensor.is_contiguous():
+            _star_all_reduce(inner, tensor, opts.reduceOp)
+            return _Done()
+        return inner.allreduce([tensor], opts)
+
+    def broadcast(self, tensors: Any, *args: Any) -> Any:
+        """Delegate."""
+        return self.inner.broadcast(tensors, *args)
+
+    def allgather(self, *args: Any) -> Any:
+        """Delegate."""
+        return self.inner.allgather(*args)
+
+    def _allgather_base(self, *args: Any) -> Any:
+        return self.inner._allgather_base(*args)
+
+    def reduce_scatter(self, *args: Any) -> Any:
+        """Delegate."""
+        return self.inner.reduce_scatter(*args)
+
+    def _reduce_scatter_base(self, *args: Any) -> Any:
+        return self.inner._reduce_scatter_base(*args)
+
+    def alltoall_base(self, *args: Any) -> Any:
+        """Delegate."""
+        return self.inner.alltoall_base(*args)
+
+    def send(self, tensors: Any, rank: int, tag: int) -> Any:
+        """Delegate."""
+        return self.inner.send(tensors, rank, tag)
+
+    def recv(self, tensors: Any, rank: int, tag: int) -> Any:
+        """Delegate."""
+        return self.inner.recv(tensors, rank, tag)
+
+    def barrier(self, opts: Any = None) -> Any:
+        """Delegate."""
+        return self.inner.barrier(opts if opts is not None else dist.BarrierOptions())
+
+
+def _star_all_reduce(group: Any, tensor: torch.Tensor, operation: Any) -> None:
+    """All-reduce through rank 0, which combines contributions in rank order."""
+    size, rank = group.size(), group.rank()
+    if size == 1:
+        return
+    if rank:
+        group.send([tensor], 0, STAR_TAG).wait()
+        group.recv([tensor], 0, STAR_TAG + 1).wait()
+        return
+    received = [torch.empty_like(tensor) for _ in range(size - 1)]
+    pending = [group.recv([buffer], peer + 1, STAR_TAG) for peer, buffer in enumerate(received)]
+    for work, buffer in zip(pending, received, strict=True):
+        work.wait()
+        if operation == dist.ReduceOp.MAX:
+            torch.maximum(tensor, buffer, out=tensor)
+        else:
+            assert operation == dist.ReduceOp.SUM, operation
+            tensor += buffer
+    for work in [group.send([tensor], peer, STAR_TAG + 1) for peer in range(1, size)]:
+        work.wait()
+
+
+class ProcessGroups:
+    """Owner of this worker's communicators and of the proxies that others hold."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._live: dict[GroupKey, Communicator] = {}
+        self.world = StableGroup(GroupAxis.WORLD)
+        self.tensor = StableGroup(GroupAxis.TENSOR)
+        self.home: StableGroup | None = None
+
+    @property
+    def build_timeout_seconds(self) -> float:
+        """How long the members of a new group may take to appear."""
+        return self._link.build_timeout_seconds
+
+    def intact(self, key: GroupKey, members: tuple[str, ...]) -> bool:
+        """Whether `key` is served by an unsevered communicator of exactly `members`."""
+        live = self._live.get(key)
+        return live is not None and not live.severed and live.members == members
+
+    def sever(self, *, keep: frozenset[GroupKey] = frozenset()) -> None:
+        """End every operation on the groups not in `keep`. May be called from any thread."""
+        for key, communicator in list(self._live.items()):
+            if key not in keep:
+                communicator.sever()
+
+    def adopt(
+        self,
+        specs: Sequence[GroupSpec],
+        members: Sequence[str],
+        rank: int,
+        generation: int,
+        store: dist.Store,
+        kept: frozenset[GroupKey],
+    ) -> None:
+        """Serve `specs` from now on; communicators in `kept` go on, all others are made anew.
+
+        `members` names the worker behind each rank; `specs` is the same sequence on all ranks, and
+        ranks build their groups in its order. Raises RuntimeError when a peer does not appear
+        within the build timeout.
+        """
+        mine = [spec for spec in specs if rank in spec.ranks]
+        for key in [key for key in self._live if key not in kept]:
+            self._live.pop(key).close()
+        self.home = None
+        for spec in mine:
+            key = (spec.axis, spec.index)
+            names = tuple(members[r] for r in spec.ranks)
+            if key in kept:
+                assert self.intact(key, names), f"plan keeps {key}, which is not intact here"
+            else:
+                prefix = dist.PrefixStore(f"{generation}/{spec.axis}/{spec.index}", store)
+                self._live[key] = _connect(self._link, prefix, spec.ranks.index(rank), names)
+            self._bind(spec.axis, self._live[key])
+
+    def close(self) -> None:
+        """Let every communicator go."""
+        for key in list(self._live):
+            self._live.pop(key).close()
+
+    def _bind(self, axis: GroupAxis, communicator: Communicator) -> None:
+        match axis:
+            case GroupAxis.WORLD:
+                self.world.communicator = communicator
+            case GroupAxis.TENSOR:
+                self.tensor.communicator = communicator
+            case GroupAxis.HOME:
+                self.home = self.home or StableGroup(GroupAxis.HOME)
+                self.home.communicator = communicator
+
+
+def _connect(link: Link, store: dist.Store, rank: int, members: tuple[str, ...]) -> Communicator:
+    build = timedelta(seconds=link.build_timeout_seconds)
+    operation = timedelta(seconds=link.operation_timeout_seconds)
+    if link.backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = operation
+        return Communicator(dist.ProcessGroupNCCL(store, rank, len(members), options), (), members)
+    store.set_timeout(build)
+    before = _socket_descriptors()
+    options = dist.ProcessGroupGloo._Options()
+    # The constructor waits for its peers under this timeout; operations get their own below.
+    options._timeout = build
+    options._threads = 1
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=link.host)]
+    group = dist.ProcessGroupGloo(store, rank, len(members), options)
+    group._set_default_timeout(operation)
+    return Communicator(group, _connections(_socket_descriptors() - before), members)
+
+
+def _socket_descriptors() -> set[int]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                found.add(int(name))
+        except OSError:
+            # The descriptor of the listing itself, or one closed meanwhile.
+            continue
+    return found
+
+
+def _connections(descriptors: set[int]) -> list[socket.socket]:
+    """Duplicates of the connected sockets among `descriptors`; gloo's listener is left alone."""
+    connected = []
+    for descriptor in sorted(descriptors):
+        duplicate = socket.socket(fileno=os.dup(descriptor))
+        try:
+            duplicate.getpeername()
+        except OSError:
+            duplicate.close()
+            continue
+        connected.append(duplicate)
+    return connected
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether `error` says that a peer or a communicator is gone, rather than that code is wrong.
+
+    torch raises plain RuntimeErrors for gloo, so its text is all there is to go by.
+    """
+    if isinstance(error, (GroupSevered, dist.DistError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text
+        for sign in ("gloo", "Connection closed", "Connection reset", "timed out", "Timed out")
+    )

@@ -1,0 +1,197 @@
+"""A faults file is read as written, and whatever would silently not happen is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.config import ClusterConfig, ParallelConfig
+from elastic.faults import (
+    SUPPORTED_KINDS,
+    SUPPORTED_PHASES,
+    Fault,
+    FaultInjection,
+    FaultPhase,
+    FaultsError,
+    NodeTarget,
+    SlotTarget,
+    check_faults,
+    load_faults,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GOOD = {"at_step": 3, "kind": "sigkill", "target": {"replica": 1, "slot": 2}}
+Reader = Callable[[object], tuple[Fault, ...]]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Reader:
+    def write_and_read(entries: object) -> tuple[Fault, ...]:
+        path = tmp_path / "faults.yaml"
+        path.write_text(entries if isinstance(entries, str) else yaml.safe_dump(entries))
+        return load_faults(path)
+
+    return write_and_read
+
+
+def fault(**changes: Any) -> Fault:
+    fields: dict[str, Any] = {
+        "id": 1,
+        "at_step": 3,
+        "at_seconds": None,
+        "phase": None,
+        "target": SlotTarget(replica=1, slot=2),
+        "kind": FaultInjection.SIGKILL,
+        "heal_at_step": None,
+    }
+    return Fault(**(fields | changes))
+
+
+def test_the_demo_file_reads_and_fits_its_configuration() -> None:
+    faults = load_faults(CONFIGS / "demo-faults.yaml")
+    assert faults == (fault(at_step=20, phase=FaultPhase.BACKWARD, heal_at_step=40),)
+    parallel, cluster = (
+        ParallelConfig(tensor=4, replicas=2),
+        ClusterConfig(nodes=2, devices_per_node=4),
+    )
+    check_faults(faults, parallel, cluster, 60)
+
+
+def test_every_field_is_read(read: Reader) -> None:
+    entries = [
+        GOOD | {"phase": "vote", "heal_at_step": 0, "args": {"b": 1.5, "a": None}},
+        {"at_seconds": 2, "kind": "exit", "target": {"node": 1}},
+    ]
+    first, second = read(entries)
+    assert first == fault(phase=FaultPhase.VOTE, heal_at_step=0, args=(("a", None), ("b", 1.5)))
+    assert second == fault(
+        id=2,
+        at_step=None,
+        at_seconds=2.0,
+        target=NodeTarget(1),
+        kind=FaultInjection.EXIT,
+    )
+
+
+def test_an_empty_file_holds_no_faults(read: Reader) -> None:
+    assert read("# none yet\n") == ()
+
+
+@given(
+    step=st.integers(0, 10**6),
+    phase=st.none() | st.sampled_from(SUPPORTED_PHASES),
+    kind=st.sampled_from(SUPPORTED_KINDS),
+    args=st.dictionaries(st.text(max_size=5), st.integers() | st.booleans(), max_size=3),
+)
+def test_faults_encode_as_json(
+    step: int, phase: FaultPhase | None, kind: FaultInjection, args: dict[str, int]
+) -> None:
+    described = fault(at_step=step, phase=phase, kind=kind, args=tuple(sorted(args.items())))
+    decoded = msgspec.json.decode(msgspec.json.encode(described))
+    assert decoded["at_step"] == step
+    assert decoded["phase"] == phase
+    assert decoded["kind"] == kind
+    assert decoded["target"] == {"replica": 1, "slot": 2, "stage": 0}
+    assert dict(decoded["args"]) == args
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (GOOD | {"at_seconds": 1}, "at_step, at_seconds: exactly one must be given, not both"),
+        (without("at_step"), "at_step, at_seconds: exactly one must be given, not neither"),
+        (GOOD | {"at_step": -1}, "at_step: -1 given; must be a whole number from 0"),
+        (GOOD | {"at_step": True}, "at_step: True given"),
+        (GOOD | {"at_step": 1.5}, "at_step: 1.5 given"),
+        (without("at_step") | {"at_seconds": -0.5}, "at_seconds: -0.5 given"),
+        (without("at_step") | {"at_seconds": float("nan")}, "at_seconds: nan given"),
+        (GOOD | {"heal_at_step": "soon"}, "heal_at_step: 'soon' given"),
+        (without("kind"), "kind: required; one of sigkill, exit, raise"),
+        (GOOD | {"kind": "sigterm"}, "kind: 'sigterm' given; allowed: sigkill, exit, raise"),
+        (GOOD | {"phase": "lunch"}, "phase: 'lunch' given; allowed: forward, backward, "),
+        (GOOD | {"fase": "vote"}, "fase: no such field of the entry; did you mean phase?"),
+        (without("target"), "target: None given; write {replica, slot}"),
+        (GOOD | {"target": {"slot": 1}}, "target.replica: required"),
+        (GOOD | {"target": {"replica": 1}}, "target.slot: required"),
+        (GOOD | {"target": {"replica": 1, "slot": "x"}}, "target.slot: 'x' given"),
+        (GOOD | {"target": {"replica": 1, "slott": 1}}, "slott: no such field of the target"),
+        (GOOD | {"target": {"node": 1, "slot": 1}}, "slot: no such field of the target"),
+        (GOOD | {"target": {"component": "store"}}, "target.component: 'store' cannot be made"),
+        (GOOD | {"args": {"x": [1]}}, "args.x: [1] given"),
+        (GOOD | {"args": {"x": float("inf")}}, "args.x: inf given"),
+        (GOOD | {"args": [1]}, "args: [1] given"),
+        ("sigkill", "entry: 'sigkill' given"),
+    ],
+)
+def test_a_wrong_entry_is_named_with_what_is_allowed(
+    read: Reader, entry: object, message: str
+) -> None:
+    with pytest.raises(FaultsError) as caught:
+        read([GOOD, entry])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2  # The file, and only the entry that is wrong.
+    assert lines[1].startswith(f"fault 2: {message}")
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(kind.value for kind in FaultInjection if kind not in SUPPORTED_KINDS)
+)
+def test_kinds_that_would_not_happen_are_refused(read: Reader, kind: str) -> None:
+    with pytest.raises(FaultsError, match=f"fault 1: kind: {kind} is not supported"):
+        read([GOOD | {"kind": kind}])
+
+
+@pytest.mark.parametrize("phase", ["checkpoint", "rebuild", "reshard"])
+def test_phases_that_would_not_happen_are_refused(read: Reader, phase: str) -> None:
+    with pytest.raises(FaultsError, match=f"fault 1: phase: {phase} is not supported"):
+        read([GOOD | {"phase": phase}])
+
+
+def test_every_wrong_entry_is_reported_at_once(read: Reader) -> None:
+    with pytest.raises(FaultsError) as caught:
+        read([GOOD | {"kind": "slow"}, GOOD, GOOD | {"phase": "rebuild"}])
+    assert [line[:7] for line in str(caught.value).splitlines()[1:]] == ["fault 1", "fault 3"]
+
+
+def test_unreadable_files_are_named(read: Reader, tmp_path: Path) -> None:
+    with pytest.raises(FaultsError, match=r"nothing\.yaml cannot be read"):
+        load_faults(tmp_path / "nothing.yaml")
+    with pytest.raises(FaultsError, match=r"faults\.yaml is not YAML: line 2, column 9: "):
+        read("- at_step: 1\n  kind: ]\n")
+    with pytest.raises(FaultsError, match="holds a dict; write a list"):
+        read(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (fault(target=SlotTarget(2, 0)), r"target.replica: 2 does not exist; the run has 0\.\.1"),
+        (fault(target=SlotTarget(0, 4)), r"target.slot: 4 does not exist; the run has 0\.\.3"),
+        (fault(target=SlotTarget(0, 0, 1)), r"target.stage: 1 does not exist; the run has 0\.\.0"),
+        (fault(target=NodeTarget(3)), r"target.node: 3 does not exist; the run has 0\.\.2"),
+        (fault(at_step=10), r"at_step: 10 never comes; the run has steps 0\.\.9"),
+        (fault(heal_at_step=3), r"heal_at_step: 3 is not after at_step \(3\)"),
+    ],
+)
+def test_faults_outside_the_run_are_refused(wrong: Fault, message: str) -> None:
+    cluster = ClusterConfig(nodes=3, devices_per_node=4, spare_devices=4)
+    inside = (
+        fault(at_step=9, target=SlotTarget(1, 3), heal_at_step=0),
+        fault(at_step=0, target=NodeTarget(2), heal_at_step=1),
+        fault(at_step=None, at_seconds=1e9, heal_at_step=2),
+    )
+    parallel = ParallelConfig(tensor=4, replicas=2)
+    check_faults(inside, parallel, cluster, 10)
+    with pytest.raises(FaultsError, match=f"^fault 1: {message}"):
+        check_faults((*inside, wrong), parallel, cluster, 10)

@@ -1,0 +1,364 @@
+"""The configuration of a run: model, data and training settings, and how a file is read.
+
+Theory of operation. `load` reads one YAML file, applies `--set a.b=c` overrides to the parsed tree,
+and validates it into a frozen `RunConfig`. Model settings carry the names of Megatron's
+`TransformerConfig`, so a Megatron user knows them already. All problems are collected and reported
+at once, one line each, with the dotted name of the setting, the numbers and the remedy; no part of
+the runtime has to check them again, because a `RunConfig` that exists is consistent.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from elastic.config import (
+    ClusterConfig,
+    HealthConfig,
+    ParallelConfig,
+    Settings,
+    StoreConfig,
+    check_cluster,
+    yaml_problem,
+)
+from ntp.atoms import ModelShape
+
+BYTE_VALUES: Final = 256
+"""Tokens are bytes: the smallest vocabulary that can name them all."""
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be used; the message has one line per problem."""
+
+
+class ModelConfig(Settings):
+    """A GPT, described with the names of Megatron's TransformerConfig."""
+
+    num_layers: int = Field(ge=1, description="Transformer layers.")
+    hidden_size: int = Field(ge=1, description="Channels of the residual stream.")
+    num_attention_heads: int = Field(ge=1, description="Query heads of each attention layer.")
+    num_query_groups: int | None = Field(
+        default=None, ge=1, description="KV groups (GQA); null: one for each attention head."
+    )
+    kv_channels: int | None = Field(
+        default=None, ge=1, description="Channels of one head; null: hidden_size / heads."
+    )
+    ffn_hidden_size: int | None = Field(
+        default=None, ge=1, description="Columns of the MLP; null: 4 x hidden_size."
+    )
+    vocab_size: int = Field(
+        default=BYTE_VALUES, ge=1, description="Token ids; at least 256, as tokens are bytes."
+    )
+    gated_linear_unit: bool = Field(default=True, description="Gate the MLP (SwiGLU with silu).")
+    activation: Literal["silu", "gelu"] = Field(
+        default="silu", description="Activation function of the MLP."
+    )
+    add_bias_linear: bool = Field(default=False, description="Biases in all linear layers.")
+    normalization: Literal["RMSNorm", "LayerNorm"] = Field(
+        default="RMSNorm", description="Norm before each block; LayerNorm has a bias."
+    )
+    layernorm_epsilon: float = Field(
+        default=1e-5, gt=0, description="Added to the variance inside every norm."
+    )
+    qk_layernorm: bool = Field(default=False, description="Normalise queries and keys per head.")
+    rotary_base: int = Field(default=10000, ge=1, description="Base period of RoPE, in positions.")
+    rotary_percent: float = Field(
+        default=1.0, gt=0, le=1, description="Fraction of kv_channels that RoPE rotates."
+    )
+    untie_embeddings_and_output_weights: bool = Field(
+        default=True, description="Give the output projection weights of its own."
+    )
+    init_method_std: float = Field(
+        default=0.02, gt=0, description="Standard deviation of initial weights."
+    )
+
+    @property
+    def query_groups(self) -> int:
+        """Number of KV groups, defaults resolved."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_channels(self) -> int:
+        """Channels of one head, defaults resolved."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Columns of the MLP, defaults resolved."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+
+class DataConfig(Settings):
+    """The bytes that the job trains on."""
+
+    kind: Literal["builtin_text", "text", "mock"] = Field(
+        default="builtin_text",
+        description="builtin_text: Python's own sources; text: your files; mock: random bytes.",
+    )
+    path: str | None = Field(
+        default=None, description="File, directory or glob; required for kind text, else unused."
+    )
+
+
+class TrainConfig(Settings):
+    """Steps, batch and optimizer."""
+
+    steps: int = Field(ge=1, description="Optimizer steps of the whole run, counted from 0.")
+    global_batch_size: int = Field(ge=1, description="Samples of one step, over all replicas.")
+    micro_batch_size: int = Field(ge=1, description="Samples of one forward pass in a replica.")
+    seq_length: int = Field(ge=1, description="Tokens (bytes) of one sample.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of Adam.")
+    min_learning_rate: float = Field(
+        default=1e-4, ge=0, description="Learning rate at the last step."
+    )
+    warmup_steps: int = Field(default=10, ge=0, description="Steps of linear warm-up to the peak.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of Adam's mean.")
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="Decay of Adam's variance.")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="Added to Adam's denominator.")
+    clip_grad: float = Field(
+        default=1.0, ge=0, description="Largest global gradient norm; 0: never clip."
+    )
+    seed: int = Field(
+        default=1234, ge=0, lt=2**63, description="Seed of initial weights and sample order."
+    )
+    dtype: Literal["float64", "float32", "bfloat16"] = Field(
+        default="float32", description="Type of parameters and activations."
+    )
+    weights_digest_every: int = Field(
+        default=1, ge=0, description="Steps between digests of the logical weights; 0: never."
+    )
+
+
+class RunConfig(Settings):
+    """Everything that one run needs to know; consistent once it exists."""
+
+    job: str = Field(
+        default="everstep",
+        pattern=r"^[a-z0-9-]+$",
+        description="Name of the job: lower-case letters, digits and dashes; prefixes store keys.",
+    )
+    cluster: ClusterConfig = Field(
+        default_factory=ClusterConfig, description="The machines that the job runs on."
+    )
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig, description="The shape of the job at full strength."
+    )
+    model: ModelConfig = Field(description="The model.")
+    data: DataConfig = Field(default_factory=DataConfig, description="The training data.")
+    train: TrainConfig = Field(description="Steps, batch and optimizer.")
+    health: HealthConfig = Field(
+        default_factory=HealthConfig, description="When something counts as failed."
+    )
+    store: StoreConfig = Field(
+        default_factory=StoreConfig, description="Where coordination state is kept."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = [
+            *_cluster_problems(self),
+            *_model_problems(self.model),
+            *_split_problems(self.model, self.parallel),
+            *_train_problems(self),
+            *_data_problems(self.data),
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _cluster_problems(config: RunConfig) -> Iterator[str]:
+    try:
+        check_cluster(config.cluster, config.parallel)
+    except ValueError as error:
+        yield f"cluster: {error}"
+
+
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    heads, groups = model.num_attention_heads, model.query_groups
+    if heads % groups:
+        yield (
+            f"model.num_query_groups: {heads} attention heads do not divide into {groups} KV"
+            " groups; set it to a divisor of model.num_attention_heads"
+        )
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield (
+            f"model.kv_channels: hidden_size {model.hidden_size} does not divide by {heads}"
+            " attention heads; set model.kv_channels, or make hidden_size a multiple of the heads"
+        )
+        return  # The channels of a head are not known: what follows would only confuse.
+    rotated = int(model.head_channels * model.rotary_percent)
+    if rotated < 2 or rotated % 2:
+        yield (
+            f"model.kv_channels: RoPE rotates pairs, but {model.head_channels} channels x"
+            f" rotary_percent {model.rotary_percent} = {rotated} is not an even number of at least"
+            " 2; set model.kv_channels or model.rotary_percent so that it is"
+        )
+    if model.vocab_size < BYTE_VALUES:
+        yield (
+            f"model.vocab_size: {model.vocab_size} token ids cannot name the {BYTE_VALUES} values"
+            f" of a byte; set it to {BYTE_VALUES} or more"
+        )
+
+
+def _split_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    sizes = (
+        ("num_query_groups", model.query_groups, "KV groups cannot be cut"),
+        ("ffn_hidden_size", model.ffn_size, "MLP columns cannot be cut"),
+        ("vocab_size", model.vocab_size, "vocabulary rows cannot be cut"),
+    )
+    for name, size, why in sizes:
+        if size < parallel.tensor:
+            yield (
+                f"model.{name}: {size} is less than parallel.tensor ({parallel.tensor}), and {why};"
+                f" set parallel.tensor to {size} or less, or model.{name} to at least"
+                f" {parallel.tensor}"
+            )
+
+
+def _train_problems(config: RunConfig) -> Iterator[str]:
+    train, replicas = config.train, config.parallel.replicas
+    unit = replicas * train.micro_batch_size
+    if train.global_batch_size % unit:
+        nearest = -(-train.global_batch_size // unit) * unit
+        yield (
+            f"train.global_batch_size: {train.global_batch_size} is not a multiple of"
+            f" parallel.replicas ({replicas}) x train.micro_batch_size ({train.micro_batch_size})"
+            f" = {unit}; set it to {nearest}, or change train.micro_batch_size"
+        )
+    if train.min_learning_rate > train.learning_rate:
+        yield (
+            f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate"
+            f" ({train.learning_rate}); set it to {train.learning_rate} or less"
+        )
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    if data.kind == "text" and not data.path:
+        yield "data.path: required when data.kind is text; set it to a file, directory or glob"
+    if data.kind != "text" and data.path is not None:
+        yield (
+            f"data.path: {data.path!r} would be ignored, as data.kind is {data.kind};"
+            " set data.kind to text, or remove data.path"
+        )
+
+
+def model_shape(config: RunConfig) -> ModelShape:
+    """The sizes that decide how the model is cut into atoms, with every default resolved."""
+    model = config.model
+    return ModelShape(
+        layers=model.num_layers,
+        hidden=model.hidden_size,
+        heads=model.num_attention_heads,
+        kv_groups=model.query_groups,
+        kv_channels=model.head_channels,
+        ffn=model.ffn_size,
+        vocab=model.vocab_size,
+        gated=model.gated_linear_unit,
+        bias=model.add_bias_linear,
+        tied=not model.untie_embeddings_and_output_weights,
+        norm_bias=model.normalization == "LayerNorm",
+        qk_norm=model.qk_layernorm,
+    )
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration from a YAML file.
+
+    Args:
+        path: the YAML file.
+        overrides: settings as `section.name=value`, applied in order; the value is read as YAML.
+
+    Raises:
+        ConfigError: the file, an override or a setting cannot be used; one line per problem.
+    """
+    tree = _read(path)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [line for detail in error.errors() for line in _explain(detail)]
+        raise ConfigError("\n".join([f"{path} cannot be used:", *lines])) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {yaml_problem(error)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} holds a {type(tree).__name__}; write sections, such as 'train:', at its top"
+        )
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Put one `section.name=value` into the tree, making sections that are not there yet."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: write it as section.name=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: not YAML: {yaml_problem(error)}") from None
+    node = tree
+    for depth, key in enumerate(keys[:-1], start=1):
+        if node.get(key) is None:
+            node[key] = {}
+        inner = node[key]
+        if not isinstance(inner, dict):
+            raise ConfigError(
+                f"--set {override}: {'.'.join(keys[:depth])} is {inner!r}, not a section"
+            )
+        node = inner
+    node[keys[-1]] = value
+
+
+def _explain(detail: ErrorDetails) -> Iterator[str]:
+    """Turn one of pydantic's errors into readable lines."""
+    name = ".".join(str(part) for part in detail["loc"])
+    match detail["type"]:
+        case "value_error" if not name:
+            # The cross checks of RunConfig: its lines name their settings themselves.
+            yield from str(detail["ctx"]["error"]).splitlines()
+        case "extra_forbidden":
+            yield f"{name}: no such setting; did you mean {_nearest(name)}?"
+        case "missing":
+            yield f"{name}: required; set it in the file, or with --set {name}=VALUE"
+        case _:
+            yield f"{name}: {detail['msg']}, not {detail['input']!r}"
+
+
+def _nearest(name: str) -> str:
+    """The valid dotted name closest to a wrong one."""
+    known = list(_names(RunConfig.model_fields))
+    # A right name in the wrong section is closer than any spelling.
+    leaf = name.rpartition(".")[2]
+    for candidate in known:
+        if candidate.rpartition(".")[2] == leaf:
+            return candidate
+    siblings = [each for each in known if each.rpartition(".")[0] == name.rpartition(".")[0]]
+    close = difflib.get_close_matches(name, siblings or known, n=1, cutoff=0.0)
+    return close[0]
+
+
+def _names(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, field in fields.items():
+        yield prefix + name
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _names(kind.model_fields, f"{prefix}{name}.")

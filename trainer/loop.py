@@ -1,0 +1,191 @@
+"""The step, top to bottom, and the life of a worker process around it.
+
+A worker waits for a plan, adopts it, and runs steps until the job is done, a pause is agreed in a
+vote, or something breaks; then it waits for the next plan. It never restarts anything itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from elastic.agent import WorkerSpec
+from elastic.agent_link import AgentLink
+from elastic.fault_hook import FaultHook
+from elastic.faults import FaultPhase
+from elastic.worker import StepAborted, Worker
+from ntp.process_groups import Link, ProcessGroups, is_connection_error
+from trainer.batch import BatchSplit, combine, replica_samples, sample_digest, sample_offsets
+from trainer.config import RunConfig
+from trainer.data import ByteCorpus, load_corpus
+from trainer.training import Training, Vote
+
+
+def run_worker(connection: Connection, spec: WorkerSpec) -> None:
+    """Main function of a worker process; returns when the controller ends the job."""
+    torch.set_num_threads(1)
+    config = RunConfig.model_validate_json(spec.payload)
+    device = _device(spec.member.device.index)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    groups = ProcessGroups(
+        Link(
+            backend,
+            spec.host,
+            spec.health.rebuild_timeout_seconds,
+            spec.health.collective_timeout_seconds,
+        )
+    )
+    worker = Worker(spec.member, AgentLink(connection), groups, device)
+    steps = StepLoop(config, worker, spec, device)
+    worker.start()
+    while (plan := worker.await_plan()) is not None:
+        try:
+            worker.adopt(plan, steps.training)
+            steps.run()
+        except RuntimeError as error:
+            if not isinstance(error, StepAborted) and not is_connection_error(error):
+                raise
+            worker.interrupted(error)
+    groups.close()
+
+
+class StepLoop:
+    """Runs the steps of whatever generation is adopted."""
+
+    def __init__(
+        self, config: RunConfig, worker: Worker, spec: WorkerSpec, device: torch.device
+    ) -> None:
+        train = config.train
+        self._train = train
+        self._worker = worker
+        self._device = device
+        self._corpus: ByteCorpus = load_corpus(
+            config.data.kind, config.data.path, seq_length=train.seq_length, seed=train.seed
+        )
+        self._faults = FaultHook(
+            spec.faults,
+            spec.member.device.node,
+            spec.started_at,
+            lambda fault, step, phase: worker.announce_fault(fault.id, step, phase),
+        )
+        self.training = Training(
+            config, worker.groups, device, in_optimizer=lambda: self._at(FaultPhase.OPTIMIZER)
+        )
+        self._positions = torch.arange(train.seq_length, device=device).unsqueeze(0)
+        ones = torch.ones(1, 1, train.seq_length, train.seq_length, dtype=torch.bool, device=device)
+        self._future = torch.triu(ones, diagonal=1)
+
+    def run(self) -> None:
+        """Run steps until the last one, or until a vote says that a pause was asked for."""
+        self._arm_faults()
+        paused = False
+        while not paused and self._worker.session.step < self._train.steps:
+            paused = self._step()
+
+    def _step(self) -> bool:
+        """One step; returns whether all ranks agreed to pause after it."""
+        worker, generation = self._worker, self.training.current
+        step = worker.session.step
+        worker.begin_step()
+        generation.state.gradients.zero_()
+
+        loss_sum, tokens, digests = 0.0, 0, []
+        for inputs, labels, digest in self._micro_batches(step):
+            losses = generation.model(inputs, self._positions, self._future, labels=labels)
+            micro_loss = losses.sum()
+            micro_loss.backward()
+            loss_sum += micro_loss.item()
+            tokens += labels.numel()
+            digests += digest
+
+        # The boundary: the one place where a healthy replica's ranks all stop (see elastic.worker).
+        worker.check()
+        gradients = generation.state.gradients
+        generation.sync.run(gradients, between=lambda: self._at(FaultPhase.GRAD_SYNC))
+        worker.session = worker.session.prepare()
+
+        self._at(FaultPhase.VOTE)
+        vote = self._vote(loss_sum, tokens, digests)
+        worker.session = worker.session.hold_vote(vote)
+        worker.commit(self.training, vote)
+        return vote.pause > 0
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """Inputs and labels ``[micro batch, sequence]`` and the samples' digests."""
+        train, plan = self._train, self.training.current.plan
+        offsets = sample_offsets(
+            train.seed, step, train.global_batch_size, len(self._corpus), train.seq_length
+        )
+        replicas = [replica.replica for replica in plan.layout.replicas]
+        position = replicas.index(self.training.current.slot.replica)
+        samples = replica_samples(BatchSplit(plan.batch_split), position)
+        for start in range(samples.start, samples.stop, train.micro_batch_size):
+            indices = range(start, start + train.micro_batch_size)
+            windows = [
+                self._corpus.window(int(offsets[index]), train.seq_length + 1) for index in indices
+            ]
+            digests = [
+                sample_digest(index, window.tobytes())
+                for index, window in zip(indices, windows, strict=True)
+            ]
+            rows = [torch.from_numpy(window.astype("int64")) for window in windows]
+            batch = torch.stack(rows).to(self._device)
+            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), digests
+
+    def _vote(self, loss_sum: float, tokens: int, digests: list[int]) -> Vote:
+        """The commit vote: whoever gets its result knows that every rank holds its gradients.
+
+        One replica contributes the norm, each of whose atoms is thereby counted once; one slot of
+        each replica contributes what it consumed.
+        """
+        generation = self.training.current
+        slot, layout = generation.slot, generation.state.layout
+        shards, gradients = generation.state.shards, generation.state.gradients
+        speaks = slot.slot == layout.active[0]
+        square = 0.0
+        if layout == generation.plan.layout.replicas[0]:
+            counted = gradients if speaks else gradients[: shards.sharded]
+            square = torch.linalg.vector_norm(counted, dtype=torch.float64).item() ** 2
+        upper, lower = combine(digests) if speaks else (0, 0)
+        mine = Vote(
+            square_norm=square,
+            loss_sum=loss_sum if speaks else 0.0,
+            tokens=float(tokens) if speaks else 0.0,
+            digest_upper=float(upper),
+            digest_lower=float(lower),
+            pause=float(self._worker.pause_requested),
+        )
+        ballot = torch.tensor(mine, dtype=torch.float64, device=self._device)
+        dist.all_reduce(ballot, group=self._worker.groups.world)
+        return Vote(*ballot.tolist())
+
+    def _at(self, phase: FaultPhase) -> None:
+        worker = self._worker
+        self._faults.strike(worker.coordinate, worker.session.step, phase, time.time())
+
+    def _arm_faults(self) -> None:
+        """Make faults of the forward and backward phases strike in the middle of the model."""
+        model = self.training.current.model
+        if self._faults.is_empty or getattr(model, "faults_armed", False):
+            return
+        layers = model.decoder.layers  # type: ignore[union-attr]
+        middle: nn.Module = layers[len(layers) // 2]  # type: ignore[index, arg-type]
+
+        def in_forward(_module: nn.Module, _inputs: object, outputs: tuple[Tensor, object]) -> None:
+            self._at(FaultPhase.FORWARD)
+            outputs[0].register_hook(lambda _gradient: self._at(FaultPhase.BACKWARD))
+
+        middle.register_forward_hook(in_forward)
+        model.faults_armed = True  # type: ignore[assignment]
+
+
+def _device(index: int) -> torch.device:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device("cpu")

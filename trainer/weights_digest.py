@@ -1,0 +1,63 @@
+"""A digest of logical weights that slots compute in parts.
+
+Each element is hashed together with its place in the *global* tensors (splitmix64's finaliser, from
+Steele, Lea & Flood 2014) and the hashes are added modulo 2**64. A sum does not care who owns which
+element, so the parts of a replica's slots add up to the same digest at any layout, and two replicas
+are bitwise equal exactly if their digests are (up to chance of 2**-64).
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from trainer.shard_state import ShardState
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+_FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_SECOND = -7723592293110705685  # 0x94D049BB133111EB
+
+
+class WeightsDigest:
+    """Digests the master parameters of one ShardState."""
+
+    def __init__(self, state: ShardState) -> None:
+        self._state = state
+        self._keys = _keys(state)
+
+    def parts(self) -> tuple[int, int]:
+        """This slot's part (its own atoms), and the digest of the replicated tensors; unsigned."""
+        master = self._state.master
+        bits = master.view(torch.int64 if master.dtype is torch.float64 else torch.int32)
+        hashes = _mix(bits.to(torch.int64) ^ self._keys)
+        sharded = self._state.shards.sharded
+        return _unsigned(hashes[:sharded]), _unsigned(hashes[sharded:])
+
+
+def _keys(state: ShardState) -> torch.Tensor:
+    """A pseudo-random number per element, from its place in the list of all global tensors."""
+    first = {}
+    total = 0
+    for spec in state.specs:
+        first[spec.name] = total
+        total += prod(spec.shape)
+    keys = torch.empty(state.shards.total, dtype=torch.int64, device=state.master.device)
+    for placement in state.shards.placements:
+        spec = placement.spec
+        size = prod(spec.shape)
+        places = torch.arange(size, dtype=torch.int64, device=keys.device) + first[spec.name]
+        local = state.local_part(spec, places.view(spec.shape))
+        state.shards.tensor(keys, placement).copy_(local)
+    return _mix(keys * _GOLDEN)
+
+
+def _mix(values: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finaliser; int64 arithmetic wraps, and shifts are made logical by masks."""
+    values = (values ^ (values >> 30 & (1 << 34) - 1)) * _FIRST
+    values = (values ^ (values >> 27 & (1 << 37) - 1)) * _SECOND
+    return values ^ (values >> 31 & (1 << 33) - 1)
+
+
+def _unsigned(hashes: torch.Tensor) -> int:
+    return int(hashes.sum().item()) % (1 << 64)
