@@ -320,15 +320,18 @@ def _connections(descriptors: set[int]) -> list[socket.socket]:
     return connected
 
 
-def is_connection_error(error: BaseException) -> bool:
+def is_connection_error(error: BaseException | None) -> bool:
     """Whether `error` says that a peer or a communicator is gone, rather than that code is wrong.
 
-    torch raises plain RuntimeErrors for gloo, so its text is all there is to go by.
+    torch raises plain RuntimeErrors for gloo, so its text is all there is to go by. Its wrapper
+    around collectives fails in turn while it describes an error of a group that it did not make,
+    so the error that was being handled counts too.
     """
-    if isinstance(error, (GroupSevered, dist.DistError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text
-        for sign in ("gloo", "Connection closed", "Connection reset", "timed out", "Timed out")
-    )
+    signs = ("gloo", "Connection closed", "Connection reset", "timed out", "Timed out")
+    while error is not None:
+        if isinstance(error, (GroupSevered, dist.DistError)):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

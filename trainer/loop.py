@@ -47,7 +47,7 @@ def run_worker(connection: Connection, spec: WorkerSpec) -> None:
         try:
             worker.adopt(plan, steps.training)
             steps.run()
-        except RuntimeError as error:
+        except Exception as error:
             if not isinstance(error, StepAborted) and not is_connection_error(error):
                 raise
             worker.interrupted(error)

@@ -166,7 +166,7 @@ def _launch(
         faults=faults,
         run_dir=run_dir,
         worker_main=worker_main,
-        preload=("trainer.preload",),
+        preload=("trainer.preload", "trainer.main"),
         payload=config.model_dump_json(),
     )
     parallel, steps = config.parallel, config.train.steps

@@ -1,0 +1,74 @@
+"""A bare megatron-core training loop: the yardstick of `benchmarks.overhead`.
+
+Model, data, groups, gradient sync and optimizer are those of everstep. What is missing is what the
+runtime adds: the commit vote, the session, the agent and controller, reports, digests of samples
+and weights, and hooks for faults. Its ranks meet at a torch store, train, and return when each of
+their steps was done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.bare_model import BareModel, layout_of
+from benchmarks.ranks import LOOPBACK, STORE_TIMEOUT, give, run_ranks, say
+from ntp.grad_sync import GradientSync, SyncGroups
+from ntp.groups import plan_groups
+from ntp.process_groups import Link, ProcessGroups
+from ntp.sync_plan import plan_sync
+from trainer.config import RunConfig
+
+PROGRESS_SECONDS = 5.0
+
+
+def run_bare_loop(config: RunConfig, logs: Path) -> list[float]:
+    """Train for `config.train.steps` steps; returns the seconds of each but the first.
+
+    A step ends when the last rank has done it, as in everstep's steps.jsonl.
+    """
+    ended_at = run_ranks(train, config.parallel.devices, logs, config.model_dump_json())
+    last = [max(times) for times in zip(*ended_at, strict=True)]
+    return [after - before for before, after in itertools.pairwise(last)]
+
+
+def train(connection: Connection, rank: int, size: int, address: str, payload: str) -> None:
+    """One rank: give when each step was done (seconds since the epoch)."""
+    torch.set_num_threads(1)
+    config = RunConfig.model_validate_json(payload)
+    layout = layout_of(config)
+    slot = layout.slots()[rank]
+    health = config.health
+    groups = ProcessGroups(
+        Link("gloo", LOOPBACK, health.rebuild_timeout_seconds, health.collective_timeout_seconds)
+    )
+    host, _, port = address.rpartition(":")
+    store = dist.TCPStore(host, int(port), is_master=False, timeout=STORE_TIMEOUT)
+    names = [str(member) for member in range(size)]
+    groups.adopt(plan_groups(layout), names, rank, 1, store, frozenset())
+    model = BareModel(config, slot, groups.tensor)
+    sync = GradientSync(
+        plan_sync(layout),
+        slot,
+        {ref: other for other, ref in enumerate(layout.slots())},
+        model.state.shards,
+        SyncGroups(groups.world, groups.home),
+        contributes_replicated=slot.slot == layout.replica(slot.replica).active[0],
+    )
+    ended_at: list[float] = []
+    told_at = time.monotonic()
+    for step in range(config.train.steps):
+        model.compute_gradients(step)
+        sync.run(model.state.gradients)
+        model.apply_gradients(step)
+        ended_at.append(time.time())
+        if rank == 0 and time.monotonic() - told_at > PROGRESS_SECONDS:
+            told_at = time.monotonic()
+            say(connection, f"bare loop: {step + 1} steps done")
+    give(connection, ended_at)
+    groups.close()

@@ -1,0 +1,148 @@
+"""What every benchmark needs: commands that cannot leak, progress lines, and everstep's own runs.
+
+A command is started as the leader of its own session and, however the benchmark ends, is asked to
+stop and then killed with its process group. Its output goes to a log, whose end becomes part of the
+error if it fails. Everything is written below one temporary directory, which is removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_CONFIG = ROOT / "configs" / "demo.yaml"
+
+STOP_SECONDS = 20.0
+"""How long a command may take to end once it was asked to."""
+
+PROGRESS_SECONDS = 5.0
+LOG_TAIL_BYTES = 3000
+
+_EVERSTEP = "import sys; from trainer.main import main; sys.exit(main())"
+
+
+class BenchmarkError(RuntimeError):
+    """A measured program failed; the message ends with the end of its log."""
+
+
+def progress(text: str) -> None:
+    """Say on standard error what is going on."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+def log_tail(log: Path) -> str:
+    """The end of a log file, for an error message."""
+    if not log.exists():
+        return f"{log} was never written"
+    return log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary directory; SIGTERM ends the benchmark as Ctrl-C does, so that it is removed."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    with tempfile.TemporaryDirectory(prefix="everstep-bench-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def command(
+    arguments: Sequence[str], log: Path, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command running in the checkout while the block lasts; nothing of it is left after it."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            arguments,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+        # Whatever is left of the group, also where its leader ended by itself.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(process: subprocess.Popen[bytes], log: Path, describe: Callable[[], str]) -> None:
+    """Wait for a command to end, telling every few seconds what `describe` says.
+
+    Raises:
+        BenchmarkError: it ended with a code other than 0.
+    """
+    while True:
+        try:
+            code = process.wait(PROGRESS_SECONDS)
+        except subprocess.TimeoutExpired:
+            progress(describe())
+            continue
+        if code:
+            raise BenchmarkError(f"{process.args!r} ended with code {code}:\n{log_tail(log)}")
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class EverstepRun:
+    """The files of a finished run, parsed."""
+
+    summary: dict[str, Any]
+    journal: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+
+
+def run_everstep(
+    config: Path, overrides: Sequence[str], faults: list[dict[str, Any]], run_dir: Path
+) -> EverstepRun:
+    """Run `everstep run` to its end. Faults are written as the faults file has them.
+
+    Raises:
+        BenchmarkError: the run failed, or ended without completing.
+    """
+    run_dir.mkdir(parents=True)
+    arguments = [sys.executable, "-c", _EVERSTEP, "run", str(config), "--run-dir", str(run_dir)]
+    for override in overrides:
+        arguments += ["--set", override]
+    if faults:
+        faults_file = run_dir.with_suffix(".faults.yaml")
+        # JSON is YAML.
+        faults_file.write_text(json.dumps(faults))
+        arguments += ["--faults", str(faults_file)]
+    log, steps_file = run_dir.with_suffix(".log"), run_dir / "steps.jsonl"
+    with command(arguments, log) as process:
+        wait_for(process, log, lambda: f"everstep: {_lines(steps_file)} steps committed")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    if summary["outcome"] != "completed":
+        raise BenchmarkError(f"everstep ended as {summary['outcome']}:\n{log_tail(log)}")
+    return EverstepRun(summary, _read(run_dir / "journal.jsonl"), _read(steps_file))
+
+
+def _lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -1,0 +1,111 @@
+"""What fault tolerance costs while nothing fails: everstep against a bare megatron-core loop.
+
+    python -m benchmarks.overhead [--pairs 3] [--steps 60]
+
+Theory of operation. Both train the same model on the same data with the same groups, gradient sync
+and optimizer on four CPU workers (two replicas x TP2). They run in turns, A B A B, as the speed of
+a shared machine drifts, and each pair gives one ratio. The first steps are dropped; of the others
+the median counts, as a burst of foreign load hits some steps and not all.
+
+A step's seconds are the time between the moments at which the last rank had done it and the one
+before; everstep's steps.jsonl has the same measure. Weights digests, a diagnostic that a production
+run computes rarely, are off. Nothing is asserted, as a busy machine may miss any target.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import DEMO_CONFIG, progress, run_everstep, scratch_folder
+from trainer.config import RunConfig, load
+
+TARGET_RATIO = 0.97
+DROPPED_STEPS = 5
+SHAPE = (
+    "job=overhead",
+    "cluster.devices_per_node=2",
+    "parallel.tensor=2",
+    "model.hidden_size=256",
+    "model.ffn_hidden_size=688",
+    "train.seq_length=128",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=2",
+    "train.dtype=float32",
+    "train.weights_digest_every=0",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Steps per second of one run of each."""
+
+    everstep: float
+    bare: float
+
+    @property
+    def ratio(self) -> float:
+        """What everstep keeps of the bare loop's speed."""
+        return self.everstep / self.bare
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Failure-free speed of everstep.")
+    parser.add_argument("--pairs", type=int, default=3, help="runs of each (default 3)")
+    parser.add_argument("--steps", type=int, default=60, help="steps of a run (default 60)")
+    options = parser.parse_args()
+    if options.pairs < 1 or options.steps < DROPPED_STEPS + 2:
+        parser.error(f"--pairs must be at least 1 and --steps at least {DROPPED_STEPS + 2}")
+    overrides = (*SHAPE, f"train.steps={options.steps}")
+    config = load(DEMO_CONFIG, overrides)
+    pairs = []
+    with scratch_folder() as scratch:
+        for number in range(1, options.pairs + 1):
+            pairs.append(_pair(config, overrides, scratch / f"pair{number}"))
+            progress(f"pair {number} of {options.pairs}: ratio {pairs[-1].ratio:.3f}")
+    _print(config, pairs)
+
+
+def _pair(config: RunConfig, overrides: tuple[str, ...], scratch: Path) -> Pair:
+    # Only here, as this loads torch, which the parser's --help should not wait for.
+    from benchmarks.bare_loop import run_bare_loop
+
+    progress(f"everstep: {config.train.steps} steps")
+    run = run_everstep(DEMO_CONFIG, overrides, [], scratch / "everstep")
+    progress(f"bare loop: {config.train.steps} steps")
+    bare = run_bare_loop(config, scratch / "bare")
+    # The bare loop's list begins with step 1.
+    everstep = [float(step["seconds"]) for step in run.steps][1:]
+    return Pair(_speed(everstep), _speed(bare))
+
+
+def _speed(seconds: list[float]) -> float:
+    return 1.0 / median(seconds[DROPPED_STEPS - 1 :])
+
+
+def _print(config: RunConfig, pairs: list[Pair]) -> None:
+    model, train = config.model, config.train
+    table = Table(
+        title=f"Failure-free speed: 2 replicas x TP2, hidden {model.hidden_size},"
+        f" {model.num_layers} layers, {train.global_batch_size} x {train.seq_length} tokens a step"
+    )
+    table.add_column("pair")
+    for name in ("everstep, steps/s", "bare loop, steps/s", "ratio"):
+        table.add_column(name, justify="right")
+    for number, pair in enumerate(pairs, start=1):
+        table.add_row(str(number), f"{pair.everstep:.3f}", f"{pair.bare:.3f}", f"{pair.ratio:.3f}")
+    ratio = median(pair.ratio for pair in pairs)
+    console = Console()
+    console.print(table)
+    verdict = "met" if ratio >= TARGET_RATIO else "missed"
+    console.print(f"median ratio {ratio:.3f}; target >= {TARGET_RATIO}: {verdict}")
+
+
+if __name__ == "__main__":
+    main()

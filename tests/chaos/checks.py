@@ -1,0 +1,30 @@
+"""What must hold of a run with failures, beside a run of the same job without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from elastic.compare import compare_runs
+from tests.chaos.launcher import Run
+
+
+def check_like_calm(run: Run, calm: Run, tolerance: float, failures: int) -> None:
+    """Assert every promise of the design that a finished run can show."""
+    assert run.exit_code == 0, run.output
+    summary = run.summary
+    assert summary["outcome"] == "completed", run.output
+    assert len([f for f in summary["failures"] if f["action"]]) == failures, summary["failures"]
+    assert summary["lost_steps"] == 0
+    assert summary["redone_steps"] <= failures
+    assert summary["replicas_bitwise_equal"] is True
+    assert all(step["weights_digest"] for step in run.steps)
+    _check_comparison(run.directory, calm.directory, tolerance)
+    assert run.left_over == (), "processes were left behind"
+
+
+def _check_comparison(run: Path, calm: Path, tolerance: float) -> None:
+    comparison = compare_runs(run, calm, tolerance)
+    assert comparison.first_missing_step is None
+    assert comparison.first_sample_step is None, "a step consumed other samples"
+    assert comparison.max_loss_difference <= tolerance, comparison
+    assert comparison.equal

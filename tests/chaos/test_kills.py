@@ -1,0 +1,95 @@
+"""A worker is killed, and nothing of the job changes: real processes, real signals.
+
+``make test`` runs one job in which a worker dies in every phase once; ``make chaos`` kills each of
+the eight workers in each of the five phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.checks import check_like_calm
+from tests.chaos.launcher import Run, run_job
+
+PHASES = ("forward", "backward", "grad_sync", "vote", "optimizer")
+WORKERS = tuple((replica, slot) for replica in range(2) for slot in range(4))
+FIRST_KILL, STEPS_BETWEEN = 3, 5
+
+
+def kills(places: list[tuple[tuple[int, int], str]]) -> list[dict[str, Any]]:
+    """A faults file that kills at each place in turn, each device returning one step later."""
+    return [
+        {
+            "at_step": FIRST_KILL + index * STEPS_BETWEEN,
+            "phase": phase,
+            "target": {"replica": replica, "slot": slot},
+            "kind": "sigkill",
+            "heal_at_step": FIRST_KILL + index * STEPS_BETWEEN + 1,
+        }
+        for index, ((replica, slot), phase) in enumerate(places)
+    ]
+
+
+def test_a_kill_in_each_phase_changes_nothing(
+    tmp_path: Path, calm_run: Callable[[str], Run]
+) -> None:
+    places = list(zip(((1, 2), (0, 0), (1, 0), (0, 3), (1, 1)), PHASES, strict=True))
+    run = run_job(tmp_path / "killed", kills(places))
+    check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=len(places))
+    phases = {entry["phase"] for entry in run.journal if entry["event"] == "phase_done"}
+    assert phases == {"rebuild", "reshard", "resume"}
+
+
+def test_float32_stays_close(tmp_path: Path, calm_run: Callable[[str], Run]) -> None:
+    run = run_job(
+        tmp_path / "killed", kills([((0, 1), "backward")]), overrides=["train.dtype=float32"]
+    )
+    check_like_calm(run, calm_run("float32"), tolerance=1e-4, failures=1)
+
+
+def test_a_process_that_raises_is_replaced_at_once(
+    tmp_path: Path, calm_run: Callable[[str], Run]
+) -> None:
+    fault = {
+        "at_step": 5,
+        "phase": "forward",
+        "target": {"replica": 0, "slot": 2},
+        "kind": "raise",
+        "heal_at_step": 0,
+    }
+    run = run_job(tmp_path / "raised", [fault])
+    check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=1)
+    (failure,) = run.summary["failures"]
+    assert "InjectedFault" in next(e for e in run.journal if e["event"] == "failure")["evidence"]
+    assert failure["kind"] == "process_exit"
+
+
+def test_losing_a_whole_node_drops_its_replica_until_it_returns(
+    tmp_path: Path, calm_run: Callable[[str], Run]
+) -> None:
+    fault = {
+        "at_step": 10,
+        "phase": "backward",
+        "target": {"node": 1},
+        "kind": "sigkill",
+        "heal_at_step": 15,
+    }
+    run = run_job(tmp_path / "node", [fault])
+    assert run.exit_code == 0, run.output
+    assert run.summary["lost_steps"] == 0
+    assert run.summary["replicas_bitwise_equal"] is True
+    degrees = [step["degrees"] for step in run.steps]
+    assert [[4]] in degrees, "the job never ran on one replica"
+    assert degrees[-1] == [[4], [4]], "the replica never came back"
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_worker_in(phase: str, tmp_path: Path, calm_run: Callable[[str], Run]) -> None:
+    places = [(worker, phase) for worker in WORKERS]
+    run = run_job(tmp_path / phase, kills(places))
+    check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=len(places))
