@@ -3,10 +3,11 @@
     python -m benchmarks.all_reduce [--quick]
 
 Theory of operation. The same all-reduce is run through the same StableGroup with the limit set so
-XX
-each of which waits for the one before; the star has two rounds, but its first rank receives and
-sends n-1 whole tensors. So the star wins by fewer wake-ups of processes where tensors are small, and
-the ring by less data through one rank where they are big. The two alternate, and medians count.
+that it always takes the star, and then never. gloo's ring passes n-th parts of the tensor on in
+2(n-1) rounds, each of which waits for the one before; the star has two rounds, but its first rank
+receives and sends n-1 whole tensors. So the star wins by fewer wake-ups of processes where tensors
+are small, and the ring by less data through one rank where they are big. The two alternate, and
+medians count. The ranks share this machine's cores, as they do in a run on CPU workers.
 
 The limit applies to the bytes that the first rank receives, so the table gives these too.
 """
@@ -95,11 +96,10 @@ def _measure(size: int, logs: Path, budget: float) -> Timings:
 def _print(timings: dict[int, Timings]) -> None:
     from ntp.process_groups import STAR_LIMIT_BYTES
 
-    table = Table(title="All-reduce over gloo: milliseconds through star and ring, and ring / star")
+    table = Table(title="All-reduce over gloo: ring / star (milliseconds of each)")
     table.add_column("tensor", justify="right")
     for size in timings:
-        for name in ("star", "ring", "ratio"):
-            table.add_column(f"{size} ranks\n{name}", justify="right")
+        table.add_column(f"{size} ranks", justify="right")
     chosen_well = cells = 0
     for nbytes in SIZES:
         row = [f"{nbytes // KIB} KiB"]
@@ -109,8 +109,8 @@ def _print(timings: dict[int, Timings]) -> None:
             cells += 1
             # A tenth either way is a draw.
             chosen_well += takes_star == (ring > star) or 0.9 < ring / star < 1.1
-            ratio = f"{ring / star:.2f}" + ("*" if takes_star else " ")
-            row += [f"{star * 1e3:.2f}", f"{ring * 1e3:.2f}", ratio]
+            mark = "*" if takes_star else " "
+            row.append(f"{ring / star:5.2f}{mark} ({ring * 1e3:5.2f} / {star * 1e3:5.2f})")
         table.add_row(*row)
     console = Console()
     console.print(table)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,18 +28,32 @@ from trainer.config import RunConfig
 PROGRESS_SECONDS = 5.0
 
 
-def run_bare_loop(config: RunConfig, logs: Path) -> list[float]:
-    """Train for `config.train.steps` steps; returns the seconds of each but the first.
+@dataclass(frozen=True, slots=True)
+class BareRun:
+    """Seconds of each step but the first, and the mean loss of each step."""
+
+    seconds: list[float]
+    losses: list[float]
+
+
+def run_bare_loop(config: RunConfig, logs: Path) -> BareRun:
+    """Train for `config.train.steps` steps.
 
     A step ends when the last rank has done it, as in everstep's steps.jsonl.
     """
-    ended_at = run_ranks(train, config.parallel.devices, logs, config.model_dump_json())
+    given = run_ranks(train, config.parallel.devices, logs, config.model_dump_json())
+    ended_at, loss_sums = zip(*given, strict=True)
     last = [max(times) for times in zip(*ended_at, strict=True)]
-    return [after - before for before, after in itertools.pairwise(last)]
+    seconds = [after - before for before, after in itertools.pairwise(last)]
+    # All slots of a replica have the same loss: one of each is enough.
+    by_replica = loss_sums[:: config.parallel.tensor]
+    tokens = config.train.global_batch_size * config.train.seq_length
+    losses = [sum(of_step) / tokens for of_step in zip(*by_replica, strict=True)]
+    return BareRun(seconds, losses)
 
 
 def train(connection: Connection, rank: int, size: int, address: str, payload: str) -> None:
-    """One rank: give when each step was done (seconds since the epoch)."""
+    """One rank: give when each step was done (seconds since the epoch), and its losses."""
     torch.set_num_threads(1)
     config = RunConfig.model_validate_json(payload)
     layout = layout_of(config)
@@ -61,14 +76,15 @@ def train(connection: Connection, rank: int, size: int, address: str, payload: s
         contributes_replicated=slot.slot == layout.replica(slot.replica).active[0],
     )
     ended_at: list[float] = []
+    loss_sums: list[float] = []
     told_at = time.monotonic()
     for step in range(config.train.steps):
-        model.compute_gradients(step)
+        loss_sums.append(model.compute_gradients(step))
         sync.run(model.state.gradients)
         model.apply_gradients(step)
         ended_at.append(time.time())
         if rank == 0 and time.monotonic() - told_at > PROGRESS_SECONDS:
             told_at = time.monotonic()
             say(connection, f"bare loop: {step + 1} steps done")
-    give(connection, ended_at)
+    give(connection, (ended_at, loss_sums))
     groups.close()

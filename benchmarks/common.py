@@ -8,6 +8,7 @@ error if it fails. Everything is written below one temporary directory, which is
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+from elastic.spawn import PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_CONFIG = ROOT / "configs" / "demo.yaml"
@@ -103,6 +106,11 @@ def wait_for(process: subprocess.Popen[bytes], log: Path, describe: Callable[[],
         if code:
             raise BenchmarkError(f"{process.args!r} ended with code {code}:\n{log_tail(log)}")
         return
+
+
+def die_with_parent() -> None:
+    """In a rank that torchrun started in a session of its own: be killed when torchrun ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)

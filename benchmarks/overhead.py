@@ -43,10 +43,11 @@ SHAPE = (
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Steps per second of one run of each."""
+    """Steps per second of one run of each, and the largest difference between their losses."""
 
     everstep: float
     bare: float
+    loss_difference: float
 
     @property
     def ratio(self) -> float:
@@ -82,7 +83,10 @@ def _pair(config: RunConfig, overrides: tuple[str, ...], scratch: Path) -> Pair:
     bare = run_bare_loop(config, scratch / "bare")
     # The bare loop's list begins with step 1.
     everstep = [float(step["seconds"]) for step in run.steps][1:]
-    return Pair(_speed(everstep), _speed(bare))
+    difference = max(
+        abs(step["loss"] - loss) for step, loss in zip(run.steps, bare.losses, strict=True)
+    )
+    return Pair(_speed(everstep), _speed(bare.seconds), difference)
 
 
 def _speed(seconds: list[float]) -> float:
@@ -104,6 +108,8 @@ def _print(config: RunConfig, pairs: list[Pair]) -> None:
     console = Console()
     console.print(table)
     verdict = "met" if ratio >= TARGET_RATIO else "missed"
+    difference = max(pair.loss_difference for pair in pairs)
+    console.print(f"both train alike: largest difference between their losses {difference:.2g}")
     console.print(f"median ratio {ratio:.3f}; target >= {TARGET_RATIO}: {verdict}")
 
 

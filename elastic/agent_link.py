@@ -1,8 +1,8 @@
 """A worker's line to its agent: a socket, a thread that reads it, and a queue.
 
 The training thread may be blocked inside a collective for as long as a dead peer's connection
-lives, so somebody else has to hear that it should stop. The reader hands every message to `on_message`
-first, in its own thread, and then queues it for the training thread.
+lives, so somebody else has to hear that it should stop. The reader hands every message to
+`on_message` first, in its own thread, and then queues it for the training thread.
 
 If the agent is gone the worker must not outlive it: end of file ends the process.
 """

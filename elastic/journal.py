@@ -1,8 +1,8 @@
 """The files of a run: journal.jsonl, steps.jsonl, and summary.json at its end.
 
-The recorder sits beside the driver and sees what the controller sees. It writes on change, one named
-event with its fields a line, and tells the same to its listeners (the live view). It runs in the
-launcher, so no worker ever waits for a file.
+The recorder sits beside the driver and sees what the controller sees. It writes on change, one
+named event with its fields a line, and tells the same to its listener (the live view). It runs in
+the launcher, so no worker ever waits for a file.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def encode(message: StoreMessage) -> bytes:
 
 def decode(value: bytes) -> StoreMessage:
     """Inverse of `encode`. Raises msgspec.ValidationError for a foreign value."""
-    return msgspec.json.decode(value, type=StoreMessage)  # type: ignore[no-any-return, arg-type]
+    return msgspec.json.decode(value, type=StoreMessage)  # type: ignore[no-any-return]
 
 
 def _path(message: StoreMessage) -> str:

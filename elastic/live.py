@@ -24,7 +24,9 @@ RECENT_EVENTS = 6
 
 
 @contextlib.contextmanager
-def view(console: Console, title: str, replicas: int, tensor: int, steps: int) -> Iterator[Listener]:
+def view(
+    console: Console, title: str, replicas: int, tensor: int, steps: int
+) -> Iterator[Listener]:
     """A listener to give to the recorder; shows the job until the block ends."""
     if not console.is_terminal:
         yield _Lines(console, title, steps).listen
@@ -52,7 +54,9 @@ class _Lines:
             self._print(sentence)
 
     def _print(self, text: str) -> None:
-        self._console.print(f"[{self._title}] {text}", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(
+            f"[{self._title}] {text}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 class _Panel:
@@ -122,7 +126,9 @@ class _Panel:
                 held = f"replica {replica} slot {slot}" in self._slots
                 active += held
                 cells.append(
-                    Text(f"■ {slot}", style="green") if held else Text(f"□ {slot}", style="bold red")
+                    Text(f"■ {slot}", style="green")
+                    if held
+                    else Text(f"□ {slot}", style="bold red")
                 )
             whole = active == self._tensor
             cells.append(Text(f"TP{active}", style="green" if whole else "bold yellow"))

@@ -120,9 +120,10 @@ async def _drive(driver: Driver, agents: list[Agent]) -> Finish:
         # Agents end by themselves on the controller's stop; cancelling covers every other way.
         if driving.done() and not driving.cancelled() and driving.exception() is None:
             await asyncio.wait(serving, timeout=10)
-        for task in (driving, *serving):
+        tasks: list[asyncio.Task[Any]] = [driving, *serving]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(driving, *serving, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _limits(health: HealthConfig) -> Limits:

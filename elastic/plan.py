@@ -43,11 +43,11 @@ class Plan:
     """One generation.
 
     `placement` lists the workers by rank. `source_layout` is the layout that `reshard` starts from,
-    that of `source_generation` (None and 0 when state is initialised). `kept_tensor_groups` are the replicas whose tensor-parallel
-    communicator goes on. `batch_split` is samples per replica, in the layout's order.
-    `resume_step` is the first step of the generation; survivors that have not committed the step
-    before it apply that with `apply_vote`. `redone`: work on `resume_step` had begun and is dropped.
-    `rendezvous` is host:port of the torch store.
+    that of `source_generation` (None and 0 when state is initialised). `kept_tensor_groups` are the
+    replicas whose tensor-parallel communicator goes on. `batch_split` is samples per replica, in
+    the layout's order. `resume_step` is the first step of the generation; survivors that have not
+    committed the step before it apply that with `apply_vote`. `redone`: work on `resume_step` had
+    begun and is dropped. `rendezvous` is host:port of the torch store.
     """
 
     generation: int
@@ -72,7 +72,9 @@ class Plan:
         assert slots == self.layout.slots(), "placement and layout name different slots"
         members = {assignment.member for assignment in self.placement}
         assert len(members) == len(self.placement), "a worker is placed twice"
-        assert len(self.batch_split) == len(self.layout.replicas), "one share of the batch a replica"
+        assert len(self.batch_split) == len(self.layout.replicas), (
+            "one share of the batch a replica"
+        )
         assert all(share > 0 for share in self.batch_split), "every replica has samples"
         assert (self.source_layout is None) == (self.source_generation == 0)
         assert self.resume_step >= 0 and self.generation >= 1

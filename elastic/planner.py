@@ -153,9 +153,7 @@ def _placement(
     layout: ParallelLayout, workers: Mapping[Coordinate, Member]
 ) -> tuple[Assignment, ...]:
     by_slot = {coordinate.slot_ref: coordinate for coordinate in workers}
-    return tuple(
-        Assignment(by_slot[ref], workers[by_slot[ref]]) for ref in layout.slots()
-    )
+    return tuple(Assignment(by_slot[ref], workers[by_slot[ref]]) for ref in layout.slots())
 
 
 def _kept_groups(

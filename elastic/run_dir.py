@@ -13,7 +13,7 @@ class RunDirTaken(ValueError):
 
 
 def claim(path: Path, *, replace: bool = False) -> Path:
-    """Make `path` ready for a new run. Raises RunDirTaken if one is there and `replace` is false."""
+    """Make `path` ready for a new run. Raises RunDirTaken if one is there, unless `replace`."""
     taken = [name for name in FILES if (path / name).exists()]
     if taken and not replace:
         raise RunDirTaken(

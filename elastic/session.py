@@ -5,9 +5,9 @@ holds the result of the commit vote, an all-reduce to which every rank contribut
 prepared. *Committed*: it has updated its parameters.
 
 Whoever holds a vote therefore knows that every rank is prepared. If a failure interrupts the step,
-each survivor reports how far it came, and `decide_resume` follows: where any survivor holds the vote
-of step s or has committed s, all survivors are prepared for s and can apply it with that vote; where
-none does, nobody has updated anything and s is redone. No committed step is lost either way.
+each survivor reports how far it came, and `decide_resume` follows: where any survivor holds the
+vote of step s or has committed s, all survivors are prepared for s and can apply it with that vote;
+where none does, nobody has updated anything and s is redone. No committed step is lost either way.
 
 A change of layout is decided in the same way. A worker that received its new shards keeps the old
 ones until it has passed a barrier behind the exchange. Whoever passed it knows that every rank
@@ -148,8 +148,11 @@ def decide_resume(standings: Sequence[Standing]) -> Resume:
     """
     layout = max(standing.layout_generation for standing in standings)
     # A newcomer whose first shards nobody switched to holds nothing that counts.
-    standings = [s for s in standings if layout in (s.layout_generation, s.pending_generation)
-                 or s.layout_generation]
+    standings = [
+        s
+        for s in standings
+        if layout in (s.layout_generation, s.pending_generation) or s.layout_generation
+    ]
     elsewhere = [
         s.slot for s in standings if layout not in (s.layout_generation, s.pending_generation)
     ]

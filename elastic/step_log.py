@@ -102,9 +102,7 @@ def _replica_digests(plan: Plan, reports: Sequence[StepDone]) -> tuple[tuple[int
     found = []
     by_member = {str(report.member): report for report in reports}
     for replica in plan.layout.replicas:
-        members = [
-            str(a.member) for a in plan.placement if a.coordinate.replica == replica.replica
-        ]
+        members = [str(a.member) for a in plan.placement if a.coordinate.replica == replica.replica]
         parts = [by_member[member] for member in members if member in by_member]
         if len(parts) < len(members):
             continue

@@ -1,6 +1,6 @@
 """Journal and steps -> the summary of a run.
 
-Pure: it reads the two files' entries and nothing else, which is the proof that they explain the run.
+Pure: it reads the entries of the two files and nothing else, which shows that they explain the run.
 
 - ``lost_steps`` counts steps that had been committed and were not part of the state that went on.
 - ``redone_steps`` counts steps on which work had begun when a failure dropped it.

@@ -261,9 +261,7 @@ class Worker:
         if self.plan is None or not self._is_placed(self.plan):
             return (GroupAxis.TENSOR, -1), ()
         replica = self.coordinate.replica
-        names = tuple(
-            str(a.member) for a in self.plan.placement if a.coordinate.replica == replica
-        )
+        names = tuple(str(a.member) for a in self.plan.placement if a.coordinate.replica == replica)
         return (GroupAxis.TENSOR, replica), names
 
     def _is_placed(self, plan: Plan) -> bool:

@@ -76,9 +76,7 @@ class GradientSync:
         dist.all_reduce(replicated, group=self._groups.world)
 
     def _to_proxies(self, gradients: torch.Tensor) -> None:
-        sends = [
-            Message(rank, self._shards.pack(gradients, ranges)) for rank, ranges in self._held
-        ]
+        sends = [Message(rank, self._shards.pack(gradients, ranges)) for rank, ranges in self._held]
         receives = [
             Message(rank, gradients.new_empty(self._shards.elements(ranges)))
             for rank, ranges in self._proxied

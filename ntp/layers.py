@@ -166,7 +166,8 @@ class VocabularyCrossEntropy(torch.autograd.Function):
         probabilities = exponentials.div_(partition.unsqueeze(-1))
         ctx.save_for_backward(probabilities, target_rows)
         ctx.logits_dtype = logits.dtype
-        return partition.log() - target_logit
+        losses: Tensor = partition.log() - target_logit
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
@@ -251,19 +252,8 @@ def _transformer_config(
 def _group_collection(tensor_group: dist.ProcessGroup) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    alone = _Alone(0, 1)
+    # What megatron-core asks of the axes that are not split.
+    alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]
     return ProcessGroupCollection(
         tp=tensor_group, pp=alone, cp=alone, tp_cp=tensor_group, embd=None, pos_embd=None, ep=alone
     )
-
-
-class _Alone(dist.ProcessGroup):
-    """A group of one: what megatron-core asks of the axes that are not split."""
-
-    def rank(self) -> int:
-        """Always 0."""
-        return 0
-
-    def size(self) -> int:
-        """Always 1."""
-        return 1

@@ -121,9 +121,7 @@ class LocalShards:
         if not self.home_only:
             _fill(self._home_views(flat), packed)
 
-    def unpack(
-        self, flat: torch.Tensor, ranges: Iterable[AtomRange], packed: torch.Tensor
-    ) -> None:
+    def unpack(self, flat: torch.Tensor, ranges: Iterable[AtomRange], packed: torch.Tensor) -> None:
         """Inverse of `pack`: overwrite the elements of `ranges`."""
         _fill([view for atoms in ranges for view in self.views(flat, atoms)], packed)
 
@@ -143,7 +141,9 @@ class LocalShards:
             if axis is not None:
                 # The home range always comes first in the local tensor.
                 length = len(home[axis] or ())
-                views.append(self.tensor(flat, placement).narrow(placement.spec.atom_dim, 0, length))
+                views.append(
+                    self.tensor(flat, placement).narrow(placement.spec.atom_dim, 0, length)
+                )
         return views
 
 

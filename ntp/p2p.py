@@ -36,8 +36,8 @@ def exchange(
 
     Raises RuntimeError when a peer's connection breaks or the group's timeout passes.
     """
-    pending = [group.recv([m.tensor], m.peer, tag) for m in receives]  # type: ignore[arg-type]
-    pending += [group.send([m.tensor], m.peer, tag) for m in sends]  # type: ignore[arg-type]
+    pending = [group.recv([m.tensor], m.peer, tag) for m in receives]
+    pending += [group.send([m.tensor], m.peer, tag) for m in sends]
     for work in pending:
         work.wait()
 

@@ -28,6 +28,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class StableGroup(dist.ProcessGroup):
     """
 
     def __init__(self, axis: GroupAxis) -> None:
-        super().__init__(0, 1)
+        super().__init__(0, 1)  # type: ignore[call-arg]  # torch also has this form
         self.axis = axis
         self.communicator: Communicator | None = None
 
@@ -136,7 +137,7 @@ class StableGroup(dist.ProcessGroup):
         """Name of the backend that serves the group."""
         return str(self.inner.name())
 
-    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         """Reduce in place over the group; small tensors over gloo take the star (see module)."""
         inner = self.inner
         opts = opts if opts is not None else dist.AllreduceOptions()
@@ -284,7 +285,7 @@ def _connect(link: Link, store: dist.Store, rank: int, members: tuple[str, ...])
         return Communicator(dist.ProcessGroupNCCL(store, rank, len(members), options), (), members)
     store.set_timeout(build)
     before = _socket_descriptors()
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     # The constructor waits for its peers under this timeout; operations get their own below.
     options._timeout = build
     options._threads = 1
@@ -296,10 +297,10 @@ def _connect(link: Link, store: dist.Store, rank: int, members: tuple[str, ...])
 
 def _socket_descriptors() -> set[int]:
     found = set()
-    for name in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         try:
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                found.add(int(name))
+            if stat.S_ISSOCK(os.fstat(int(entry.name)).st_mode):
+                found.add(int(entry.name))
         except OSError:
             # The descriptor of the listing itself, or one closed meanwhile.
             continue

@@ -174,7 +174,7 @@ class StepLoop:
         if self._faults.is_empty or getattr(model, "faults_armed", False):
             return
         layers = model.decoder.layers  # type: ignore[union-attr]
-        middle: nn.Module = layers[len(layers) // 2]  # type: ignore[index, arg-type]
+        middle: nn.Module = layers[len(layers) // 2]  # type: ignore[index, arg-type, assignment]
 
         def in_forward(_module: nn.Module, _inputs: object, outputs: tuple[Tensor, object]) -> None:
             self._at(FaultPhase.FORWARD)

@@ -141,9 +141,9 @@ def _launch(
     from elastic.live import view
     from elastic.local import LocalRun, run_local
     from elastic.run_dir import claim
-    from trainer.job import job_shape
     from trainer.data import load_corpus
     from trainer.entry import worker_main
+    from trainer.job import job_shape
 
     try:
         # Read here once, so that missing data is refused before any process starts.

@@ -2,8 +2,8 @@
 
 Replicas must stay bitwise equal although an element may lie at another place of another length of
 vector in each of them. Kernels that fuse a multiplication with an addition round differently in
-their vectorised body and in their scalar tail, so torch's own Adam does not promise that. Here every
-kernel does one rounding per element, and the result cannot depend on where an element lies.
+their vectorised body and in their scalar tail, so torch's own Adam does not promise that. Here
+every kernel does one rounding per element, and the result cannot depend on where an element lies.
 """
 
 from __future__ import annotations

@@ -211,4 +211,3 @@ class Training:
         )
         bind_parameters(built, state.shards, state.parameters, state.gradients)
         return built
-

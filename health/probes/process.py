@@ -11,7 +11,7 @@ LOG_TAIL_CHARACTERS = 300
 
 
 def read_exit(device: DeviceId, incarnation: int, status: int, log: Path) -> ProcessExited:
-    """The signal for a process that ended with `status` and wrote to `log` (which may be absent)."""
+    """The signal for a process that ended with `status` and wrote to `log`, if it wrote at all."""
     last_words = ""
     if status >= 0 and log.exists():
         lines = log.read_text(errors="replace").strip().splitlines()

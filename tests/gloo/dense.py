@@ -32,9 +32,7 @@ SHAPE = ModelShape(
 """Every kind of tensor, no size divisible by 4 or 3 where atoms are counted."""
 
 
-def layout_of(
-    shape: ModelShape, tp_base: int, *active: tuple[int, ...]
-) -> ParallelLayout:
+def layout_of(shape: ModelShape, tp_base: int, *active: tuple[int, ...]) -> ParallelLayout:
     """One replica per argument, with these active slots."""
     full = full_layout(atom_counts(shape), tp_base, len(active))
     return ParallelLayout(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dense import SHAPE, cut, fill, integers, layout_of, named, normal, same_bits, whole
-from harness import Cluster, Mismatch, Rank
+from harness import Cluster, Rank
 from planted import plant
 from torch import Tensor
 
@@ -115,9 +115,3 @@ def test_replicas_get_the_same_bits(cluster: Cluster, name: str) -> None:
         torch.testing.assert_close(
             first[spec.name], summed(normal, samples)(spec), rtol=0, atol=1e-13
         )
-
-
-def test_a_wrong_element_is_a_mismatch(cluster: Cluster) -> None:
-    layout = layout_of(SHAPE, 4, *LAYOUTS["4+3"])
-    with pytest.raises(Mismatch, match="SlotRef"):
-        check_sync(cluster, layout, "piece_added_twice")

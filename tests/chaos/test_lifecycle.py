@@ -1,0 +1,113 @@
+"""Nothing is left behind, however a run ends; and nothing is started that cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.chaos.launcher import EVERSTEP, SMALL_JOB, launch, run_job, wait_until_gone
+
+ENDLESS = "train.steps=100000"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(SMALL_JOB))
+    return path
+
+
+def test_ctrl_c_ends_the_run_and_everything_in_it(config: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(config), "--set", ENDLESS, "--run-dir", str(tmp_path / "run")]
+    with launch(arguments) as started:
+        started.wait_for_line("generation 1 runs")
+        workers = started.descendants()
+        # Two rendezvous stores, the fork server, its resource tracker, and the workers.
+        assert len(workers) >= 8
+        os.kill(started.process.pid, signal.SIGINT)
+        output = started.output.read()
+        assert started.process.wait() == 130, output
+        assert wait_until_gone(workers, timeout_seconds=10) == []
+        assert started.descendants() == []
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["outcome"] == "interrupted"
+
+
+def test_workers_die_with_a_killed_launcher(config: Path, tmp_path: Path) -> None:
+    segments = set(Path("/dev/shm").iterdir())
+    arguments = ["run", str(config), "--set", ENDLESS, "--run-dir", str(tmp_path / "run")]
+    with launch(arguments) as started:
+        started.wait_for_line("generation 1 runs")
+        workers = started.descendants()
+        assert len(workers) >= 8
+        os.kill(started.process.pid, signal.SIGKILL)
+        assert wait_until_gone(workers, timeout_seconds=10) == []
+        assert started.descendants() == []
+    assert set(Path("/dev/shm").iterdir()) <= segments
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stepz=3", ["train.stepz", "train.steps"]),
+        ("train.global_batch_size=7", ["7", "global_batch_size"]),
+        ("cluster.nodes=1", ["4", "8"]),
+        ("model.num_query_groups=2", ["2", "4"]),
+        ("parallel.pipeline=2", ["pipeline"]),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(
+    override: str, words: list[str], config: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "run"
+    with launch(["run", str(config), "--set", override, "--run-dir", str(target)]) as started:
+        output = started.output.read()
+        assert started.process.wait() == 2, output
+    assert all(word in output for word in words), output
+    assert not target.exists()
+
+
+def test_a_run_directory_is_never_written_over(tmp_path: Path) -> None:
+    first = run_job(tmp_path / "job", overrides=["train.steps=2"])
+    assert first.exit_code == 0, first.output
+    before = (first.directory / "summary.json").read_bytes()
+    arguments = ["run", str(tmp_path / "job" / "job.yaml"), "--run-dir", str(first.directory)]
+    with launch(arguments) as started:
+        output = started.output.read()
+        assert started.process.wait() == 2
+    assert "holds a run already" in output
+    assert (first.directory / "summary.json").read_bytes() == before
+
+
+def test_the_loss_of_every_holder_halts_with_a_reason(tmp_path: Path) -> None:
+    both = [
+        {"at_step": 4, "phase": "forward", "target": {"node": node}, "kind": "sigkill"}
+        for node in (0, 1)
+    ]
+    run = run_job(tmp_path / "job", both)
+    assert run.exit_code == 3, run.output
+    assert run.summary["outcome"] == "halted"
+    assert run.summary["committed_steps"] == 4
+    halt = next(entry for entry in run.journal if entry["event"] == "halt")
+    assert "no worker is left" in halt["reason"]
+    assert run.left_over == ()
+
+
+def test_help_loads_no_torch() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", str(EVERSTEP), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "compare" in ended.stdout
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert "typer" in imported, "the list of imports was not understood"
+    assert not {"torch", "numpy", "megatron"} & imported

@@ -1,0 +1,288 @@
+"""Communicators that are ended, replaced and kept under the feet of whoever uses them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from dense import SHAPE, layout_of
+from harness import TIMEOUT_SECONDS, Cluster, Rank
+
+from ntp.geometry import SlotRef
+from ntp.groups import GroupAxis, GroupSpec, plan_groups
+from ntp.process_groups import (
+    STAR_LIMIT_BYTES,
+    GroupSevered,
+    ProcessGroups,
+    StableGroup,
+    is_connection_error,
+)
+
+SMALL = 7
+LARGE = STAR_LIMIT_BYTES // 8
+"""Elements of float64 that do and do not take the star, in a group of three."""
+PROMPT_SECONDS = TIMEOUT_SECONDS / 4
+"""Far longer than a severed operation takes, far shorter than the timeout of one."""
+
+
+def world_of(rank: Rank, groups: ProcessGroups, generation: int, size: int) -> None:
+    """Build a world of the first `size` ranks."""
+    groups.adopt(
+        [GroupSpec(GroupAxis.WORLD, 0, tuple(range(size)))],
+        [f"member{other}" for other in range(size)],
+        rank.rank,
+        generation,
+        rank.store(),
+        frozenset(),
+    )
+
+
+def ends_promptly(operation: Callable[[], object]) -> str:
+    """The error that `operation` ends with; it must be a connection's, and come soon."""
+    started = time.monotonic()
+    try:
+        operation()
+    except RuntimeError as error:
+        waited = time.monotonic() - started
+        assert is_connection_error(error), f"not recognised: {type(error).__name__}: {error}"
+        assert waited < PROMPT_SECONDS, f"only after {waited:.1f} s: {error}"
+        return str(error)
+    raise AssertionError("the operation succeeded without one of its members")
+
+
+def sum_of_ones(group: dist.ProcessGroup, elements: int = SMALL) -> float:
+    """What every element of an all-reduced tensor of ones is."""
+    ones = torch.ones(elements, dtype=torch.float64)
+    dist.all_reduce(ones, group=group)
+    assert torch.equal(ones, ones[0].expand(elements))
+    return ones[0].item()
+
+
+def severed_rank(rank: Rank, elements: int) -> str | None:
+    """Ranks 0 and 1 block, as rank 2 does not take part; then rank 0 alone severs."""
+    groups = ProcessGroups(rank.link)
+    world_of(rank, groups, 1, 3)
+    store = rank.store()
+    if rank.rank == 2:
+        store.wait(["ended/0", "ended/1"], timedelta(seconds=TIMEOUT_SECONDS))
+        return None
+
+    def sever() -> None:
+        store.wait(["begun/1"], timedelta(seconds=TIMEOUT_SECONDS))
+        groups.sever()
+
+    ones = torch.ones(elements, dtype=torch.float64)
+    if elements == LARGE:
+        # The ring: posted before anybody is told, so the operation is surely under way.
+        work = groups.world.inner.allreduce([ones], dist.AllreduceOptions())
+        wait = work.wait
+    else:
+
+        def wait() -> None:
+            dist.all_reduce(ones, group=groups.world)
+
+    other_store = rank.store()
+    other_store.set(f"begun/{rank.rank}", "")
+    if rank.rank == 0:
+        thread = threading.Thread(target=sever)
+        thread.start()
+        text = ends_promptly(wait)
+        thread.join()
+    else:
+        text = ends_promptly(wait)
+    other_store.set(f"ended/{rank.rank}", "")
+    # Nothing that is asked of a severed communicator later may block either.
+    ends_promptly(lambda: sum_of_ones(groups.world))
+    return text
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_sever_ends_blocked_operations_on_both_ends(cluster: Cluster, elements: int) -> None:
+    texts = cluster.run(severed_rank, 3, elements)
+    assert all(texts[:2])
+    assert not any("imed out" in text for text in texts[:2])
+
+
+def killed_rank(rank: Rank, elements: int) -> tuple[str, float]:
+    """Rank 2 is killed while 0 and 1 wait for it; they sever, rebuild and go on."""
+    groups = ProcessGroups(rank.link)
+    world_of(rank, groups, 1, 3)
+    store = rank.store()
+    if rank.rank == 2:
+        store.wait(["begun/0", "begun/1"], timedelta(seconds=TIMEOUT_SECONDS))
+        store.set("dying", "")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def sever() -> None:
+        store.wait(["dying"], timedelta(seconds=TIMEOUT_SECONDS))
+        groups.sever()
+
+    thread = threading.Thread(target=sever)
+    rank.store().set(f"begun/{rank.rank}", "")
+    thread.start()
+    text = ends_promptly(lambda: sum_of_ones(groups.world, elements))
+    thread.join()
+    world_of(rank, groups, 2, 2)
+    return text, sum_of_ones(groups.world, elements)
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_survivors_of_a_killed_member_go_on(cluster: Cluster, elements: int) -> None:
+    results = cluster.run(killed_rank, 3, elements, dies={2})
+    assert [result[1] for result in results[:2]] == [2.0, 2.0]
+
+
+LAYOUTS = [
+    layout_of(SHAPE, 2, (0, 1), (0, 1)),
+    layout_of(SHAPE, 2, (0, 1), (0,)),
+]
+
+
+def generations_rank(rank: Rank) -> list[tuple[int, int]]:
+    """Threads and descriptors after each of 20 generations, alternating between two layouts."""
+    slot = LAYOUTS[0].slots()[rank.rank]
+    groups, store = ProcessGroups(rank.link), rank.store()
+    counts = []
+    for generation in range(20):
+        layout = LAYOUTS[generation % 2]
+        if slot not in layout.slots():
+            groups.close()
+            continue
+        rank.adopt(groups, layout, slot, generation + 1, store)
+        assert sum_of_ones(groups.world) == len(layout.slots())
+        assert sum_of_ones(groups.tensor) == layout.replica(slot.replica).degree
+        members = [r for r in layout.replicas if slot.slot in r.active]
+        assert (groups.home is not None) == (len(members) > 1)
+        if groups.home is not None:
+            assert sum_of_ones(groups.home) == len(members)
+        for live in groups._live.values():
+            assert len(live._sockets) == live.group.size() - 1, "a connection cannot be severed"
+        if layout is LAYOUTS[0]:
+            descriptors = len(list(Path("/proc/self/fd").iterdir()))
+            counts.append((len(list(Path("/proc/self/task").iterdir())), descriptors))
+    return counts
+
+
+def test_generations_leave_nothing_behind(cluster: Cluster) -> None:
+    for counts in cluster.run(generations_rank, 4):
+        assert len(counts) == 10
+        assert counts[1:] == counts[1:2] * 9
+
+
+def kept_rank(rank: Rank) -> list[float]:
+    """Replica 1 loses slot 1; replica 0 keeps its tensor group while all else is severed."""
+    slot = LAYOUTS[0].slots()[rank.rank]
+    groups, store = ProcessGroups(rank.link), rank.store()
+    rank.adopt(groups, LAYOUTS[0], slot, 1, store)
+    if slot == SlotRef(1, 1):
+        return []
+    names = [f"{ref.replica}.{ref.slot}" for ref in LAYOUTS[1].slots()]
+    key = (GroupAxis.TENSOR, 0)
+    kept = frozenset({key}) if slot.replica == 0 else frozenset()
+    served = groups._live[GroupAxis.TENSOR, slot.replica]
+    groups.sever(keep=kept)
+    sums = [sum_of_ones(groups.tensor)] if kept else []
+    ends_promptly(lambda: sum_of_ones(groups.world))
+    if kept:
+        names = [f"{ref.replica}.{ref.slot}@1" for ref in LAYOUTS[1].slots()]
+        assert groups.intact(key, served.members)
+    groups.adopt(plan_groups(LAYOUTS[1]), names, LAYOUTS[1].slots().index(slot), 2, store, kept)
+    assert (groups._live[GroupAxis.TENSOR, slot.replica] is served) == bool(kept)
+    sums += [sum_of_ones(groups.tensor), sum_of_ones(groups.world)]
+    return sums
+
+
+def test_a_kept_communicator_works_on(cluster: Cluster) -> None:
+    assert cluster.run(kept_rank, 4) == [[2, 2, 3], [2, 2, 3], [1, 3], []]
+
+
+def star_rank(rank: Rank) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of (by the proxy, by gloo itself) for sizes on both sides of the limit."""
+    groups = ProcessGroups(rank.link)
+    world_of(rank, groups, 1, rank.size)
+    pairs = []
+    limit = STAR_LIMIT_BYTES // (8 * (rank.size - 1))
+    for elements in (1, 1000, limit, limit + 1, 3 * limit):
+        for dtype in (torch.float64, torch.float32, torch.int64):
+            for operation in (dist.ReduceOp.SUM, dist.ReduceOp.MAX):
+                generator = torch.Generator().manual_seed(rank.rank)
+                mine = torch.randint(-999, 999, (elements,), generator=generator).to(dtype)
+                ours, theirs = mine.clone(), mine.clone()
+                dist.all_reduce(ours, op=operation, group=groups.world)
+                options = dist.AllreduceOptions()
+                options.reduceOp = operation
+                groups.world.inner.allreduce([theirs], options).wait()
+                pairs.append((ours, theirs))
+    return pairs
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_star_equals_ring(cluster: Cluster, size: int) -> None:
+    if size == 1:
+        assert cluster.run(lonely_rank, 1) == [1.0]
+        return
+    results = cluster.run(star_rank, size)
+    for pairs in results:
+        for (ours, theirs), (first, _) in zip(pairs, results[0], strict=True):
+            assert torch.equal(ours, theirs)
+            assert torch.equal(ours, first)
+
+
+def lonely_rank(rank: Rank) -> float:
+    groups = ProcessGroups(rank.link)
+    world_of(rank, groups, 1, 1)
+    return sum_of_ones(groups.world)
+
+
+def rank_order_rank(rank: Rank) -> tuple[torch.Tensor, torch.Tensor]:
+    """(own contribution, sum); the sum is over a view of a larger tensor."""
+    groups = ProcessGroups(rank.link)
+    world_of(rank, groups, 1, rank.size)
+    generator = torch.Generator().manual_seed(rank.rank)
+    mine = torch.randn(100, generator=generator)
+    total = mine.clone()
+    # Two parts, cut anywhere, must give the bits of the whole.
+    for part in (total[:33], total[33:]):
+        dist.all_reduce(part, group=groups.world)
+    return mine, total
+
+
+def test_star_adds_in_rank_order(cluster: Cluster) -> None:
+    results = cluster.run(rank_order_rank, 4)
+    expected = results[0][0].clone()
+    for mine, _ in results[1:]:
+        expected += mine
+    for _, total in results:
+        assert torch.equal(total, expected)
+
+
+def unbound_rank(rank: Rank) -> list[bool]:
+    groups = ProcessGroups(rank.link)
+    never = StableGroup(GroupAxis.HOME)
+    world_of(rank, groups, 1, 1)
+    world = groups.world
+    groups.close()
+    recognised = []
+    for group in (never, world):
+        for operation in (group.rank, group.size, lambda group=group: sum_of_ones(group)):
+            with pytest.raises(GroupSevered) as caught:
+                operation()
+            recognised.append(is_connection_error(caught.value))
+    return recognised
+
+
+def test_unbound_groups_say_so(cluster: Cluster) -> None:
+    assert cluster.run(unbound_rank, 1) == [[True] * 6]
+
+
+def test_programming_errors_are_not_connection_errors() -> None:
+    assert not is_connection_error(ValueError("gloo"))
+    assert not is_connection_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -1,0 +1,413 @@
+"""A simulated worker process: `elastic.worker` and `trainer.loop`, statement by statement.
+
+The training thread is a generator that yields what it blocks on. `hear` is the link's thread: it
+runs whenever a message arrives, also while the training thread is blocked. What is trained is a
+number per atom, and a step mixes its own number and its tokens into each: a step that is lost,
+applied twice or applied to the wrong atom shows in the value. Decisions, plans, sessions and
+standings are the product's own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from links import Broken, Comm, Wait
+
+from elastic.messages import (
+    Adopt,
+    AgentMessage,
+    ConnectionLost,
+    PhaseDone,
+    Quiesce,
+    Quiesced,
+    Ready,
+    RecoveryPhase,
+    StepDone,
+    Stop,
+    WorkerMessage,
+)
+from elastic.plan import Plan, StateSource
+from elastic.session import Session, StepPoint, standing
+from elastic.topology import Member
+from ntp.atoms import Axis
+from ntp.geometry import SlotRef
+from ntp.groups import GroupAxis
+from ntp.reshard_plan import kept_ranges
+
+if TYPE_CHECKING:
+    from world import World
+
+REPLICATED = (None, 0)
+Piece = tuple[Axis | None, int]
+Values = dict[Piece, int]
+GroupKey = tuple[GroupAxis, int]
+Thread = Generator[Wait, Any, None]
+
+
+class StepAborted(RuntimeError):
+    """The step in flight was given up because a new generation was announced."""
+
+
+def mix(value: int, step: int, tokens: float) -> int:
+    """The value of an atom after `step`."""
+    return (value * 6364136223846793005 + (step + 1) * 1442695040888963407 + int(tokens)) % 2**64
+
+
+def pieces_owned(plan: Plan, slot: SlotRef) -> list[Piece]:
+    """Every piece that `slot` is to hold in the plan's layout."""
+    shards = plan.layout.replica(slot.replica).shards
+    owned: list[Piece] = [REPLICATED]
+    for axis in Axis:
+        for atoms in shards.owned(axis, slot.slot):
+            owned += [(axis, atom) for atom in range(atoms.start, atoms.stop)]
+    return owned
+
+
+class SimWorker:
+    """One process. The world kills it by `dead`, stops it by `hung`."""
+
+    def __init__(self, world: World, member: Member) -> None:
+        self.member = member
+        self.world = world
+        self.token = 0
+        self.dead = False
+        self.hung = False
+        self.session = Session()
+        self.plan: Plan | None = None
+        self.values: Values = {}
+        self.pending: Values | None = None
+        self.layout_generation = 0
+        self.pending_generation = 0
+        self.answered = 0
+        self.pipe: deque[WorkerMessage] = deque()
+        self.comms: dict[GroupKey, Comm] = {}
+        self._slot = SlotRef(0, 0)
+        self._quiesce: Quiesce | None = None
+        self._inbox: deque[AgentMessage] = deque()
+        self._receiving: int | None = None
+        self._thread = self._life()
+
+    # The scheduler's side.
+
+    def start(self) -> None:
+        """Run the training thread up to its first wait."""
+        self.advance(0)
+
+    def advance(self, token: int, value: Any = None, error: Exception | None = None) -> None:
+        """End the wait named `token`."""
+        if self.dead or self.hung or token != self.token:
+            return
+        self.token += 1
+        try:
+            if error is not None:
+                self._thread.throw(error)(self)
+            else:
+                self._thread.send(value if self.token > 1 else None)(self)
+        except StopIteration:
+            return
+
+    def hear(self, message: AgentMessage) -> None:
+        """The link's thread: end what cannot complete any more, then queue the message."""
+        if self.dead or self.hung:
+            return
+        if isinstance(message, Quiesce):
+            self._quiesce = message
+            if message.urgent:
+                self._sever(self._keepable(message.lost))
+        self._inbox.append(message)
+        if self._receiving is not None:
+            token, self._receiving = self._receiving, None
+            self.world.after(0.0, self.advance, token)
+
+    # The training thread.
+
+    def _life(self) -> Thread:
+        self._send(Ready(self.member))
+        while True:
+            plan: list[Plan] = []
+            yield from self._await_plan(plan)
+            if not plan:
+                return
+            try:
+                yield from self._adopt(plan[0])
+                yield from self._run()
+            except (Broken, StepAborted) as error:
+                self._interrupted(error)
+
+    def _run(self) -> Thread:
+        paused = False
+        while not paused and self.session.step < self.world.shape.steps:
+            tensor = self.comms[(GroupAxis.TENSOR, self._slot.replica)]
+            self.session = self.session.start()
+            self.world.reached(self, "computing")
+            yield from self._one(tensor.join(None), [])
+            yield self._sleep(0.5)
+            yield from self._one(tensor.join(None), [])
+            self._check()
+            yield from self._synchronize()
+            self.session = self.session.prepare()
+            self.world.reached(self, "prepared")
+            vote: list[tuple[float, ...]] = []
+            yield from self._vote(vote)
+            self.session = self.session.hold_vote(vote[0])
+            self.world.reached(self, "voted")
+            yield self._sleep(0.1)
+            self._commit(vote[0])
+            self.world.reached(self, "committed")
+            paused = vote[0][1] > 0
+
+    def _synchronize(self) -> Thread:
+        assert self.plan is not None
+        if (home := self.comms.get((GroupAxis.HOME, self._slot.slot))) is not None:
+            yield from self._one(home.join(None), [])
+        if any(replica.degree < self.plan.layout.tp_base for replica in self.plan.layout.replicas):
+            # The exchange with the replicas where a slot is vacant.
+            yield from self._one(self._world_group.join(None), [])
+
+    def _vote(self, vote: list[tuple[float, ...]]) -> Thread:
+        assert self.plan is not None
+        layout = self.plan.layout
+        position = [r.replica for r in layout.replicas].index(self._slot.replica)
+        speaks = self._slot.slot == layout.replicas[position].active[0]
+        pause = self._quiesce is not None and self._quiesce.generation > self.generation
+        mine = (float(self.plan.batch_split[position]) if speaks else 0.0, float(pause))
+        given: list[dict[Member, tuple[float, float]]] = []
+        yield from self._one(self._world_group.join(mine), given)
+        vote.append((sum(v[0] for v in given[0].values()), sum(v[1] for v in given[0].values())))
+
+    def _await_plan(self, plan: list[Plan]) -> Thread:
+        announced = self.generation
+        while True:
+            while not self._inbox:
+                yield self._receive
+            match self._inbox.popleft():
+                case Quiesce() as quiesce:
+                    announced = quiesce.generation
+                    self._answer(quiesce)
+                case Adopt(adopted) if self.may_adopt(adopted, announced):
+                    plan.append(adopted)
+                    return
+                case Stop():
+                    return
+                case _:
+                    continue
+
+    def may_adopt(self, plan: Plan, announced: int) -> bool:
+        """The guard of `Worker.await_plan`."""
+        return plan.generation >= announced and self._is_placed(plan)
+
+    def _adopt(self, plan: Plan) -> Thread:
+        self.world.check(
+            plan.generation >= self.answered,
+            f"{self.member} acts on plan {plan.generation}, overtaken by {self.answered}",
+        )
+        self.plan = plan
+        ranks = plan.ranks()
+        mine = next(a for a in plan.placement if a.member == self.member)
+        yield self._sleep(0.1)
+        self._settle(plan)
+        self._slot = mine.coordinate.slot_ref
+        yield from self._build(plan, ranks[self._slot])
+        self._check()
+        digests: list[dict[Member, str]] = []
+        yield from self._one(self._world_group.join(plan.digest), digests)
+        self.world.check(len(set(digests[0].values())) == 1, "the ranks hold different plans")
+        self._done(RecoveryPhase.REBUILD)
+        yield from self._reshard(plan)
+        self.pending_generation = plan.generation
+        self.session = replace(self.session, committed=plan.resume_step - 1)
+        self._done(RecoveryPhase.RESHARD)
+        yield from self._one(self._world_group.join(None), [])
+        self._promote()
+        self.layout_generation, self.pending_generation = plan.generation, 0
+        self.world.check_values(self, plan)
+        self._done(RecoveryPhase.RESUME)
+
+    def _build(self, plan: Plan, rank: int) -> Thread:
+        kept = {(GroupAxis.TENSOR, replica) for replica in plan.kept_tensor_groups}
+        for key in [key for key in self.comms if key not in kept]:
+            self.comms.pop(key).sever(self.member)
+        for spec in plan.groups:
+            if rank not in spec.ranks:
+                continue
+            key = (spec.axis, spec.index)
+            names = tuple(plan.placement[r].member for r in spec.ranks)
+            if key in kept:
+                live = self.comms.get(key)
+                if live is None or not live.intact(self.member, names):
+                    self.world.kept_group_gone(self, key)
+                    raise Broken(f"{key} was to be kept, but was severed meanwhile")
+                continue
+            comm = self.world.communicator(plan.generation, key, names)
+            built: list[Comm] = []
+            yield from self._one(
+                lambda waiter, comm=comm: comm.built(waiter, self.world.build_timeout), built
+            )
+            self.comms[key] = built[0]
+
+    def _reshard(self, plan: Plan) -> Thread:
+        incoming = [move for move in plan.reshard.moves if move.target == self._slot]
+        placed = {a.coordinate.slot_ref: a.member for a in plan.placement}
+        letters: Values = {}
+        sent: dict[tuple[SlotRef, Piece], int] = {}
+        for move in plan.reshard.moves:
+            if move.source != self._slot:
+                continue
+            atoms = range(move.atoms.start, move.atoms.stop) if move.atoms else range(1)
+            for atom in atoms:
+                piece = (move.axis, atom)
+                self.world.check(
+                    piece in self.values, f"{self.member} is to send {piece}, lacks it"
+                )
+                sent[(move.target, piece)] = self.values[piece]
+        received: list[dict[Member, dict[tuple[SlotRef, Piece], int]]] = []
+        sources = frozenset(placed[move.source] for move in incoming)
+        yield from self._one(self._world_group.exchange(sent, sources), received)
+        if plan.state_source is StateSource.INITIALIZE:
+            letters = {p: self.world.initial(p) for p in pieces_owned(plan, self._slot)}
+        elif self.values:
+            assert plan.source_layout is not None
+            letters[REPLICATED] = self.values[REPLICATED]
+            for axis, atoms in kept_ranges(plan.source_layout, plan.layout, self._slot):
+                for atom in range(atoms.start, atoms.stop):
+                    letters[(axis, atom)] = self.values[(axis, atom)]
+        for source in sources:
+            for (target, piece), value in received[0][source].items():
+                if target == self._slot:
+                    self.world.check(piece not in letters, f"{self._slot} gets {piece} twice")
+                    letters[piece] = value
+        self.pending = letters
+
+    # What the training thread does between waits.
+
+    def _settle(self, plan: Plan) -> None:
+        if plan.source_generation and plan.source_generation == self.pending_generation:
+            self._promote()
+            self.layout_generation = self.pending_generation
+        else:
+            self.pending = None
+        self.pending_generation = 0
+        has_state = self.layout_generation > 0
+        if not has_state:
+            self.values = {}
+        if has_state and self.session.committed < plan.resume_step - 1:
+            self.world.check(
+                plan.apply_vote is not None, f"{self.member} lacks a step the plan skips"
+            )
+            assert plan.apply_vote is not None
+            if self.session.point is StepPoint.PREPARED:
+                self.session = self.session.hold_vote(plan.apply_vote)
+            self.world.check(
+                self.session.point is StepPoint.VOTED,
+                f"{self.member} is to apply step {self.session.step}, but is {self.session.point}",
+            )
+            self._commit(plan.apply_vote)
+        self.session = self.session.drop()
+        self.world.check(
+            not has_state or self.session.committed == plan.resume_step - 1,
+            f"{self.member} committed {self.session.committed}, to resume at {plan.resume_step}",
+        )
+
+    def _commit(self, vote: tuple[float, ...]) -> None:
+        step = self.session.step
+        self.world.check(
+            vote[0] == self.world.shape.global_batch_size, f"step {step} had {vote[0]} samples"
+        )
+        for piece, value in self.values.items():
+            self.values[piece] = mix(value, step, vote[0])
+        self.session = self.session.commit()
+        self.world.check_committed(self)
+        now = self.world.now
+        self._send(
+            StepDone(
+                generation=self.generation,
+                member=self.member,
+                replica=self._slot.replica,
+                step=step,
+                loss=0.0,
+                grad_norm=0.0,
+                tokens=int(vote[0]),
+                sample_digest="",
+                sharded_digest=None,
+                replicated_digest=None,
+                started_at=now,
+                at=now,
+            )
+        )
+
+    def _promote(self) -> None:
+        assert self.pending is not None
+        self.values, self.pending = self.pending, None
+
+    def _answer(self, quiesce: Quiesce) -> None:
+        self.answered = quiesce.generation
+        held = None
+        if self.layout_generation or self.pending_generation:
+            held = standing(
+                self._slot, self.session, self.layout_generation, self.pending_generation
+            )
+        key, names = self._tensor_group()
+        live = self.comms.get(key)
+        intact = bool(names) and live is not None and live.intact(self.member, names)
+        self._send(Quiesced(quiesce.generation, self.member, held, intact, self.world.now))
+
+    def _interrupted(self, error: Exception) -> None:
+        in_vote = self.session.point is StepPoint.PREPARED
+        self._sever(frozenset() if in_vote else self._keepable())
+        if self._quiesce is None or self._quiesce.generation <= self.generation:
+            self._send(ConnectionLost(self.generation, self.member, str(error)))
+
+    def _check(self) -> None:
+        quiesce = self._quiesce
+        if quiesce is not None and quiesce.urgent and quiesce.generation > self.generation:
+            raise StepAborted(quiesce.reason)
+
+    # Small change.
+
+    @property
+    def generation(self) -> int:
+        """Generation of the plan adopted last; 0 before the first."""
+        return self.plan.generation if self.plan else 0
+
+    @property
+    def _world_group(self) -> Comm:
+        return self.comms[(GroupAxis.WORLD, 0)]
+
+    def _is_placed(self, plan: Plan) -> bool:
+        return any(assignment.member == self.member for assignment in plan.placement)
+
+    def _tensor_group(self) -> tuple[GroupKey, tuple[Member, ...]]:
+        if self.plan is None or not self._is_placed(self.plan):
+            return (GroupAxis.TENSOR, -1), ()
+        replica = next(a.coordinate.replica for a in self.plan.placement if a.member == self.member)
+        names = tuple(a.member for a in self.plan.placement if a.coordinate.replica == replica)
+        return (GroupAxis.TENSOR, replica), names
+
+    def _keepable(self, lost: tuple[Member, ...] = ()) -> frozenset[GroupKey]:
+        key, names = self._tensor_group()
+        return frozenset({key}) if names and not set(lost) & set(names) else frozenset()
+
+    def _sever(self, keep: frozenset[GroupKey]) -> None:
+        for key, comm in self.comms.items():
+            if key not in keep:
+                comm.sever(self.member)
+
+    def _send(self, message: WorkerMessage) -> None:
+        self.pipe.append(message)
+        self.world.wrote(self)
+
+    def _done(self, phase: RecoveryPhase) -> None:
+        self._send(PhaseDone(self.generation, self.member, phase, self.world.now))
+
+    def _receive(self, waiter: SimWorker) -> None:
+        self._receiving = self.token
+
+    def _sleep(self, mean: float) -> Wait:
+        delay = mean * (0.5 + self.world.rng.random())
+        return lambda waiter: self.world.after(delay, self.advance, self.token)
+
+    def _one(self, wait: Wait, into: list[Any]) -> Thread:
+        into.append((yield wait))
