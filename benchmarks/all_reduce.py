@@ -23,7 +23,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import progress, scratch_folder
+from benchmarks.common import progress, run_main, scratch_folder
 from benchmarks.ranks import LOOPBACK, STORE_TIMEOUT, give, run_ranks
 
 RANKS = (2, 4, 8)
@@ -96,7 +96,7 @@ def _measure(size: int, logs: Path, budget: float) -> Timings:
 def _print(timings: dict[int, Timings]) -> None:
     from ntp.process_groups import STAR_LIMIT_BYTES
 
-    table = Table(title="All-reduce over gloo: ring / star (milliseconds of each)")
+    table = Table(title="All-reduce over gloo: ring / star (ms of each)")
     table.add_column("tensor", justify="right")
     for size in timings:
         table.add_column(f"{size} ranks", justify="right")
@@ -110,7 +110,7 @@ def _print(timings: dict[int, Timings]) -> None:
             # A tenth either way is a draw.
             chosen_well += takes_star == (ring > star) or 0.9 < ring / star < 1.1
             mark = "*" if takes_star else " "
-            row.append(f"{ring / star:5.2f}{mark} ({ring * 1e3:5.2f} / {star * 1e3:5.2f})")
+            row.append(f"{ring / star:.1f}{mark} ({ring * 1e3:.1f} / {star * 1e3:.1f})")
         table.add_row(*row)
     console = Console()
     console.print(table)
@@ -121,4 +121,4 @@ def _print(timings: dict[int, Timings]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -26,8 +26,8 @@ from elastic.spawn import PR_SET_PDEATHSIG
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_CONFIG = ROOT / "configs" / "demo.yaml"
 
-STOP_SECONDS = 20.0
-"""How long a command may take to end once it was asked to."""
+STOP_SECONDS = 45.0
+"""How long a command may take to end once it was asked to; torchrun gives its ranks 30 s."""
 
 PROGRESS_SECONDS = 5.0
 LOG_TAIL_BYTES = 3000
@@ -49,6 +49,16 @@ def log_tail(log: Path) -> str:
     if not log.exists():
         return f"{log} was never written"
     return log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a benchmark's main function; a failed program or Ctrl-C ends it without a traceback."""
+    try:
+        main()
+    except BenchmarkError as error:
+        sys.exit(f"the benchmark failed: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 @contextlib.contextmanager

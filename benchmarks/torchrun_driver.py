@@ -43,10 +43,12 @@ _ENVIRONMENT = {
 class Kill:
     """One failure and its consequences.
 
-    `first_step_seconds` runs from the SIGKILL to the first step completed again, which is a redone
-    one; `recover_seconds` to the first step that had not been completed before.
+    All seconds run from the SIGKILL: `ready_seconds` until the last rank has started, joined its
+    groups and loaded the checkpoint; `first_step_seconds` until the first step is completed again,
+    which is a redone one; `recover_seconds` until a step is that had not been completed before.
     """
 
+    ready_seconds: float
     first_step_seconds: float
     recover_seconds: float
     lost_steps: int
@@ -90,16 +92,16 @@ def run_torchrun(config: RunConfig, kills: int, scratch: Path) -> list[Kill]:
 class _Watch:
     """What the ranks have told so far.
 
-    `restart` is the newest start's number, `pids` its ranks' processes, `resumed` the step it
-    resumed at, `completed` the last step it completed and `completed_at` when; `step_seconds` is
-    how long that step took.
+    `restart` is the newest start's number, `pids` its ranks' processes, `ready_at` when the last of
+    them was ready, `resumed` the step it resumed at, `completed` the last step it completed and
+    `completed_at` when; `step_seconds` is how long that step took.
     """
 
     def __init__(self, workers: int, happenings: Iterator[dict[str, Any]]) -> None:
         self.restart = 0
         self.pids: dict[int, int] = {}
         self.resumed = self.completed = -1
-        self.completed_at = self.step_seconds = 0.0
+        self.ready_at = self.completed_at = self.step_seconds = 0.0
         self._workers = workers
         self._happenings = happenings
         self._done: defaultdict[int, list[float]] = defaultdict(list)
@@ -115,6 +117,7 @@ class _Watch:
         match happening["happening"]:
             case "start":
                 self.pids[happening["rank"]] = happening["pid"]
+                self.ready_at = happening["at"]
                 self.resumed, self.completed = happening["step"], happening["step"] - 1
             case "step":
                 times = self._done[happening["step"]]
@@ -142,11 +145,16 @@ def _kill_once(watch: _Watch, number: int, kills: int) -> Kill:
     # Stands still until all ranks have done a step.
     while watch.completed < watch.resumed:
         watch.advance()
-    first_at = watch.completed_at
+    ready_at, first_at = watch.ready_at, watch.completed_at
     lost = before + 1 - watch.resumed
     while watch.completed <= before:
         watch.advance()
-    kill = Kill(first_at - killed_at, watch.completed_at - killed_at, lost)
+    kill = Kill(
+        ready_seconds=ready_at - killed_at,
+        first_step_seconds=first_at - killed_at,
+        recover_seconds=watch.completed_at - killed_at,
+        lost_steps=lost,
+    )
     progress(
         f"torchrun: resumed at step {watch.resumed} after {kill.first_step_seconds:.1f} s,"
         f" passed step {before} after {kill.recover_seconds:.1f} s"
@@ -171,4 +179,4 @@ def _happenings(
             raise BenchmarkError(f"torchrun ended with {process.returncode}:\n{log_tail(log)}")
         if silent > SILENCE_SECONDS:
             raise BenchmarkError(f"torchrun made no step for {silent:.0f} s:\n{log_tail(log)}")
-        progress(f"torchrun: nothing happened for {silent:.0f} s")
+        progress(f"torchrun: waiting for its ranks, {silent:.0f} s")

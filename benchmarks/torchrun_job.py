@@ -5,7 +5,8 @@ gloo world, with tensor- and data-parallel groups made by new_group. Every so ma
 replica saves parameters and Adam's moments, and a start loads the newest complete save.
 
 Each rank writes one JSON line a happening to a FIFO that the benchmark reads: ``start`` (rank, pid,
-restart, the step it resumes at) and ``step`` (rank, restart, step, when it was done).
+restart, the step it resumes at, when it was ready to) and ``step`` (rank, restart, step, when it
+was done).
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import trainer.preload  # noqa: F401 (before torch: it silences what megatron-core warns of)
 
 import torch
 import torch.distributed as dist
@@ -45,7 +44,7 @@ def main() -> None:
     model = BareModel(config, slot, tensor_group)
     tell = _teller(Path(fifo), rank)
     resumed = _load(Path(checkpoints), model, slot.slot)
-    tell(happening="start", pid=os.getpid(), step=resumed)
+    tell(happening="start", pid=os.getpid(), step=resumed, at=time.time())
     for step in range(resumed, config.train.steps):
         model.compute_gradients(step)
         dist.all_reduce(model.state.gradients, group=data_group)

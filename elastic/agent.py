@@ -130,8 +130,10 @@ class Agent:
     async def run(self) -> None:
         """Serve the node until the controller says stop. Kills its processes however it ends."""
         loop = asyncio.get_running_loop()
-        rendezvous = self._spawner.start(
-            serve, self._spec.logs / f"node{self._spec.node}-rendezvous.log", self._spec.host
+        log = self._spec.logs / f"node{self._spec.node}-rendezvous.log"
+        # In a thread: the first process of a run waits for the fork server's imports.
+        rendezvous = await loop.run_in_executor(
+            None, self._spawner.start, serve, log, self._spec.host
         )
         lease = await self._store.lease(self._spec.health.lease_seconds)
         tasks = [
@@ -192,6 +194,10 @@ class Agent:
         self._answer_if_complete()
 
     def _fence(self, fence: Fence) -> None:
+        if fence.member in {answer.member for answer in self._answers.given}:
+            # It did answer; only its node's report waits for somebody else, who is fenced too.
+            self._report_answers()
+            return
         for process in self._running():
             if process.member == fence.member:
                 process.fenced = StoppedAnswering(
@@ -323,10 +329,13 @@ class Agent:
         )
 
     def _answer_if_complete(self) -> None:
+        if self._answers.generation and not self._answers.awaited:
+            self._report_answers()
+
+    def _report_answers(self) -> None:
         answers = self._answers
-        if answers.generation and not answers.awaited:
-            report = NodeReport(answers.generation, self._spec.node, tuple(answers.given))
-            self._outbox.put_nowait(report)
+        report = NodeReport(answers.generation, self._spec.node, tuple(answers.given))
+        self._outbox.put_nowait(report)
 
     def _put_record(self) -> None:
         ready = tuple(process.member for process in self._running() if process.ready)

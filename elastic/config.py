@@ -96,7 +96,7 @@ class HealthConfig(Settings):
         description="Seconds the survivors of a failure may take to stop at a step boundary.",
     )
     rebuild_timeout_seconds: float = Field(
-        default=20.0,
+        default=10.0,
         gt=0,
         description="Seconds the members may take to build the communicators of a generation.",
     )

@@ -102,6 +102,7 @@ async def _run(run: LocalRun, listener: Listener) -> Ended:
     try:
         ended = await _drive(driver, agents)
     finally:
+        await loop.run_in_executor(None, spawner.close)
         summary = recorder.close(ended.outcome)
     return Ended(ended.outcome, ended.reason, summary)
 

@@ -6,7 +6,9 @@ replacement is running before its generation is planned. Nothing in the server h
 accelerator or started a thread when it forks.
 
 Every process leads its own process group, so that a signal reaches all that it may have started,
-and is killed by the kernel when the fork server dies, which ends with its agent.
+and is killed by the kernel when the fork server dies. The server ends with its agent: it watches a
+pipe whose other end only the agent may hold, so each child closes the copy that multiprocessing
+hands down to let children start processes of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -53,6 +56,12 @@ class Spawner:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
 
+    def close(self) -> None:
+        """End the fork server and wait for it. Its children must have ended."""
+        # The one way to end them before the interpreter exits, though not a public one.
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+
     def start(self, main: Callable[..., None], log: Path, *arguments: Any) -> Child:
         """Run ``main(connection, *arguments)`` in a new process that writes its output to `log`."""
         ours, theirs = self._context.Pipe()
@@ -65,6 +74,7 @@ class Spawner:
 def _enter(main: Callable[..., None], log: str, connection: Connection, *arguments: Any) -> None:
     parent = os.getppid()
     os.setsid()
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         # The fork server died before the request above took effect.

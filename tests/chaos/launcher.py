@@ -65,6 +65,15 @@ class Launch:
         """Process ids of everybody that carries the token, without the launcher itself."""
         return [pid for pid in carriers(self.token) if pid != self.process.pid]
 
+    def worker(self, node: int, index: int) -> int:
+        """Process id of the worker on a device, told by the log it writes to."""
+        name = f"node{node}-{index}."
+        for pid in self.descendants():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/fd/1").readlink().name.startswith(name):
+                    return pid
+        raise AssertionError(f"no worker writes to {name}*.log")
+
     def wait_for_line(self, text: str) -> None:
         """Read output until a line contains `text`; fails when the output ends first."""
         seen = []

@@ -87,6 +87,15 @@ def test_losing_a_whole_node_drops_its_replica_until_it_returns(
     assert degrees[-1] == [[4], [4]], "the replica never came back"
 
 
+def test_two_kills_in_one_step(tmp_path: Path, calm_run: Callable[[str], Run]) -> None:
+    places = [((1, 2), "forward"), ((0, 1), "backward"), ((1, 0), "vote"), ((1, 3), "vote")]
+    faults = kills(places)
+    for first, second in ((0, 1), (2, 3)):
+        faults[second]["at_step"] = faults[first]["at_step"]
+    run = run_job(tmp_path / "killed", faults)
+    check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=len(places))
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_worker_in(phase: str, tmp_path: Path, calm_run: Callable[[str], Run]) -> None:

@@ -34,6 +34,7 @@ from ntp.process_groups import Link, ProcessGroups
 HOST = "127.0.0.1"
 TIMEOUT_SECONDS = 20.0
 LINK = Link("gloo", HOST, TIMEOUT_SECONDS, TIMEOUT_SECONDS)
+_owners: list[ProcessGroups] = []
 
 
 class Mismatch(AssertionError):
@@ -53,10 +54,13 @@ class Rank:
     address: str
     generation: int
 
-    @property
-    def link(self) -> Link:
-        """How this rank makes communicators."""
-        return LINK
+    def groups(self) -> ProcessGroups:
+        """An owner of communicators that lives until all ranks have reported.
+
+        If it went when its rank returns, its sockets would close while peers still connect or read.
+        """
+        _owners.append(ProcessGroups(LINK))
+        return _owners[-1]
 
     def store(self) -> dist.Store:
         """A new connection to the run's part of the store."""
@@ -142,7 +146,7 @@ def _enter(
     except BaseException:
         outcome = (False, traceback.format_exc())
     connection.send_bytes(pickle.dumps(outcome))
-    # Stay until all have reported: an exit would close sockets that a peer still reads from.
+    # Stay until all have reported: an exit would close the sockets as well.
     connection.poll(None)
 
 

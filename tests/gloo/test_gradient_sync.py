@@ -19,7 +19,6 @@ from ntp.atoms import TensorSpec, tensor_specs
 from ntp.geometry import ParallelLayout
 from ntp.grad_sync import GradientSync, SyncGroups
 from ntp.local_shards import LocalShards
-from ntp.process_groups import ProcessGroups
 from ntp.sync_plan import plan_sync
 
 SPECS = tensor_specs(SHAPE)
@@ -66,7 +65,7 @@ def sync_rank(
     samples = samples_of(layout.replicas.index(replica))
     gradients = torch.zeros(shards.total, dtype=torch.float64)
     fill(shards, replica, gradients, summed(value, samples))
-    groups = ProcessGroups(rank.link)
+    groups = rank.groups()
     ranks = rank.adopt(groups, layout, slot)
     GradientSync(
         plan_sync(layout),

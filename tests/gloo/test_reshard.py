@@ -18,7 +18,6 @@ from torch import Tensor
 from ntp.atoms import atom_counts, atom_elements_by_axis, tensor_specs
 from ntp.geometry import ParallelLayout, SlotRef, full_layout, heal, vacate
 from ntp.p2p import ranges_kept, reshard
-from ntp.process_groups import ProcessGroups
 from ntp.reshard_plan import ReshardPlan, plan_reshard
 from trainer.shard_state import ShardState
 from trainer.weights_digest import WeightsDigest
@@ -64,7 +63,7 @@ def stages_of(*events: SlotRef) -> list[Stage]:
 def reshard_rank(rank: Rank, stages: list[Stage], trap: str | None) -> list[Held | None]:
     plant(trap)
     slot = stages[0].layout.slots()[rank.rank]
-    groups = ProcessGroups(rank.link)
+    groups = rank.groups()
     store = rank.store()
     state: ShardState | None = None
     results: list[Held | None] = []

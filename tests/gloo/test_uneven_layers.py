@@ -20,7 +20,6 @@ from ntp.atoms import ModelShape, TensorSpec, tensor_specs
 from ntp.geometry import ReplicaLayout, SlotRef
 from ntp.grad_sync import GradientSync, SyncGroups
 from ntp.layers import ModelNumerics, bind_parameters, build_model
-from ntp.process_groups import ProcessGroups
 from ntp.sync_plan import plan_sync
 from trainer.shard_state import ShardState
 
@@ -89,7 +88,7 @@ def layer_rank(rank: Rank, variant: Variant, layout: ReplicaLayout, trap: str | 
     slot = layout.active[rank.rank]
     alone = layout_of(variant.shape, layout.shards.tp_base, layout.active)
     specs = tensor_specs(variant.shape)
-    groups = ProcessGroups(rank.link)
+    groups = rank.groups()
     ranks = rank.adopt(groups, alone, SlotRef(0, slot))
     state = ShardState(specs, layout, slot, torch.float64, CPU)
     fill(state.shards, layout, state.master, weights)

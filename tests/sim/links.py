@@ -59,15 +59,9 @@ class Comm:
         """What the member itself believes: it did not sever its end."""
         return member not in self._severed and self.members == tuple(members)
 
-    def built(self, waiter: Waiter, timeout: float) -> None:
+    def build(self, timeout: float) -> Wait:
         """Wait until every member came; the result is this communicator."""
-        self._arrived.add(waiter.member)
-        self._waiting[waiter.member] = (waiter, waiter.token, -1)
-        self._clock.after(timeout, self._fail, waiter.member, waiter.token, "never appeared")
-        if len(self._arrived) == len(self.members):
-            for member in list(self._waiting):
-                _, token, _ = self._waiting[member]
-                self._clock.after(self._delay(), self._finish, member, token, self)
+        return lambda waiter: self._build(waiter, timeout)
 
     def join(self, value: Any) -> Wait:
         """Contribute to the next collective; the result is what all members gave, by member."""
@@ -102,6 +96,15 @@ class Comm:
     def _notices(self, peer: Member, member: Member) -> bool:
         return not self._star or self.members[0] in (peer, member)
 
+    def _build(self, waiter: Waiter, timeout: float) -> None:
+        self._arrived.add(waiter.member)
+        self._waiting[waiter.member] = (waiter, waiter.token, -1)
+        self._clock.after(timeout, self._fail, waiter.member, waiter.token, "never appeared")
+        if len(self._arrived) == len(self.members):
+            for member in list(self._waiting):
+                _, token, _ = self._waiting[member]
+                self._clock.after(self._delay(), self._finish, member, token, self)
+
     def _join(self, waiter: Waiter, value: Any) -> None:
         me, token = waiter.member, waiter.token
         index = self._count[me]
@@ -112,7 +115,10 @@ class Comm:
             return
         given = self._given.setdefault(index, {})
         given[me] = value
-        if len(given) == len(self.members):
+        root = self.members[0]
+        if self._star and me != root and root in self._cut:
+            self._clock.after(self._delay(), self._fail, me, token, "the first rank is gone")
+        elif len(given) == len(self.members):
             for member in self.members[:1] if self._star else self.members:
                 if member in self._waiting:
                     wait = self._waiting[member][1]

@@ -84,7 +84,7 @@ class SimWorker:
         self.answered = 0
         self.pipe: deque[WorkerMessage] = deque()
         self.comms: dict[GroupKey, Comm] = {}
-        self._slot = SlotRef(0, 0)
+        self.slot = SlotRef(0, 0)
         self._quiesce: Quiesce | None = None
         self._inbox: deque[AgentMessage] = deque()
         self._receiving: int | None = None
@@ -126,13 +126,9 @@ class SimWorker:
 
     def _life(self) -> Thread:
         self._send(Ready(self.member))
-        while True:
-            plan: list[Plan] = []
-            yield from self._await_plan(plan)
-            if not plan:
-                return
+        while (plan := (yield from self._await_plan())) is not None:
             try:
-                yield from self._adopt(plan[0])
+                yield from self._adopt(plan)
                 yield from self._run()
             except (Broken, StepAborted) as error:
                 self._interrupted(error)
@@ -140,45 +136,43 @@ class SimWorker:
     def _run(self) -> Thread:
         paused = False
         while not paused and self.session.step < self.world.shape.steps:
-            tensor = self.comms[(GroupAxis.TENSOR, self._slot.replica)]
+            tensor = self.comms[(GroupAxis.TENSOR, self.slot.replica)]
             self.session = self.session.start()
             self.world.reached(self, "computing")
-            yield from self._one(tensor.join(None), [])
+            yield tensor.join(None)
             yield self._sleep(0.5)
-            yield from self._one(tensor.join(None), [])
+            yield tensor.join(None)
             self._check()
             yield from self._synchronize()
             self.session = self.session.prepare()
             self.world.reached(self, "prepared")
-            vote: list[tuple[float, ...]] = []
-            yield from self._vote(vote)
-            self.session = self.session.hold_vote(vote[0])
+            vote = yield from self._vote()
+            self.session = self.session.hold_vote(vote)
             self.world.reached(self, "voted")
             yield self._sleep(0.1)
-            self._commit(vote[0])
+            self._commit(vote)
             self.world.reached(self, "committed")
-            paused = vote[0][1] > 0
+            paused = vote[1] > 0
 
     def _synchronize(self) -> Thread:
         assert self.plan is not None
-        if (home := self.comms.get((GroupAxis.HOME, self._slot.slot))) is not None:
-            yield from self._one(home.join(None), [])
+        if (home := self.comms.get((GroupAxis.HOME, self.slot.slot))) is not None:
+            yield home.join(None)
         if any(replica.degree < self.plan.layout.tp_base for replica in self.plan.layout.replicas):
             # The exchange with the replicas where a slot is vacant.
-            yield from self._one(self._world_group.join(None), [])
+            yield self._world_group.join(None)
 
-    def _vote(self, vote: list[tuple[float, ...]]) -> Thread:
+    def _vote(self) -> Generator[Wait, Any, tuple[float, ...]]:
         assert self.plan is not None
         layout = self.plan.layout
-        position = [r.replica for r in layout.replicas].index(self._slot.replica)
-        speaks = self._slot.slot == layout.replicas[position].active[0]
+        position = [r.replica for r in layout.replicas].index(self.slot.replica)
+        speaks = self.slot.slot == layout.replicas[position].active[0]
         pause = self._quiesce is not None and self._quiesce.generation > self.generation
         mine = (float(self.plan.batch_split[position]) if speaks else 0.0, float(pause))
-        given: list[dict[Member, tuple[float, float]]] = []
-        yield from self._one(self._world_group.join(mine), given)
-        vote.append((sum(v[0] for v in given[0].values()), sum(v[1] for v in given[0].values())))
+        given = yield self._world_group.join(mine)
+        return sum(each[0] for each in given.values()), sum(each[1] for each in given.values())
 
-    def _await_plan(self, plan: list[Plan]) -> Thread:
+    def _await_plan(self) -> Generator[Wait, Any, Plan | None]:
         announced = self.generation
         while True:
             while not self._inbox:
@@ -188,10 +182,9 @@ class SimWorker:
                     announced = quiesce.generation
                     self._answer(quiesce)
                 case Adopt(adopted) if self.may_adopt(adopted, announced):
-                    plan.append(adopted)
-                    return
+                    return adopted
                 case Stop():
-                    return
+                    return None
                 case _:
                     continue
 
@@ -209,18 +202,17 @@ class SimWorker:
         mine = next(a for a in plan.placement if a.member == self.member)
         yield self._sleep(0.1)
         self._settle(plan)
-        self._slot = mine.coordinate.slot_ref
-        yield from self._build(plan, ranks[self._slot])
+        self.slot = mine.coordinate.slot_ref
+        yield from self._build(plan, ranks[self.slot])
         self._check()
-        digests: list[dict[Member, str]] = []
-        yield from self._one(self._world_group.join(plan.digest), digests)
-        self.world.check(len(set(digests[0].values())) == 1, "the ranks hold different plans")
+        digests = yield self._world_group.join(plan.digest)
+        self.world.check(len(set(digests.values())) == 1, "the ranks hold different plans")
         self._done(RecoveryPhase.REBUILD)
         yield from self._reshard(plan)
         self.pending_generation = plan.generation
         self.session = replace(self.session, committed=plan.resume_step - 1)
         self._done(RecoveryPhase.RESHARD)
-        yield from self._one(self._world_group.join(None), [])
+        yield self._world_group.join(None)
         self._promote()
         self.layout_generation, self.pending_generation = plan.generation, 0
         self.world.check_values(self, plan)
@@ -242,19 +234,15 @@ class SimWorker:
                     raise Broken(f"{key} was to be kept, but was severed meanwhile")
                 continue
             comm = self.world.communicator(plan.generation, key, names)
-            built: list[Comm] = []
-            yield from self._one(
-                lambda waiter, comm=comm: comm.built(waiter, self.world.build_timeout), built
-            )
-            self.comms[key] = built[0]
+            self.comms[key] = yield comm.build(self.world.build_timeout)
 
     def _reshard(self, plan: Plan) -> Thread:
-        incoming = [move for move in plan.reshard.moves if move.target == self._slot]
+        incoming = [move for move in plan.reshard.moves if move.target == self.slot]
         placed = {a.coordinate.slot_ref: a.member for a in plan.placement}
-        letters: Values = {}
+        after: Values = {}
         sent: dict[tuple[SlotRef, Piece], int] = {}
         for move in plan.reshard.moves:
-            if move.source != self._slot:
+            if move.source != self.slot:
                 continue
             atoms = range(move.atoms.start, move.atoms.stop) if move.atoms else range(1)
             for atom in atoms:
@@ -263,23 +251,22 @@ class SimWorker:
                     piece in self.values, f"{self.member} is to send {piece}, lacks it"
                 )
                 sent[(move.target, piece)] = self.values[piece]
-        received: list[dict[Member, dict[tuple[SlotRef, Piece], int]]] = []
         sources = frozenset(placed[move.source] for move in incoming)
-        yield from self._one(self._world_group.exchange(sent, sources), received)
+        received = yield self._world_group.exchange(sent, sources)
         if plan.state_source is StateSource.INITIALIZE:
-            letters = {p: self.world.initial(p) for p in pieces_owned(plan, self._slot)}
+            after = {p: self.world.initial(p) for p in pieces_owned(plan, self.slot)}
         elif self.values:
             assert plan.source_layout is not None
-            letters[REPLICATED] = self.values[REPLICATED]
-            for axis, atoms in kept_ranges(plan.source_layout, plan.layout, self._slot):
+            after[REPLICATED] = self.values[REPLICATED]
+            for axis, atoms in kept_ranges(plan.source_layout, plan.layout, self.slot):
                 for atom in range(atoms.start, atoms.stop):
-                    letters[(axis, atom)] = self.values[(axis, atom)]
+                    after[(axis, atom)] = self.values[(axis, atom)]
         for source in sources:
-            for (target, piece), value in received[0][source].items():
-                if target == self._slot:
-                    self.world.check(piece not in letters, f"{self._slot} gets {piece} twice")
-                    letters[piece] = value
-        self.pending = letters
+            for (target, piece), value in received[source].items():
+                if target == self.slot:
+                    self.world.check(piece not in after, f"{self.slot} gets {piece} twice")
+                    after[piece] = value
+        self.pending = after
 
     # What the training thread does between waits.
 
@@ -325,7 +312,7 @@ class SimWorker:
             StepDone(
                 generation=self.generation,
                 member=self.member,
-                replica=self._slot.replica,
+                replica=self.slot.replica,
                 step=step,
                 loss=0.0,
                 grad_norm=0.0,
@@ -347,7 +334,7 @@ class SimWorker:
         held = None
         if self.layout_generation or self.pending_generation:
             held = standing(
-                self._slot, self.session, self.layout_generation, self.pending_generation
+                self.slot, self.session, self.layout_generation, self.pending_generation
             )
         key, names = self._tensor_group()
         live = self.comms.get(key)
@@ -408,6 +395,3 @@ class SimWorker:
     def _sleep(self, mean: float) -> Wait:
         delay = mean * (0.5 + self.world.rng.random())
         return lambda waiter: self.world.after(delay, self.advance, self.token)
-
-    def _one(self, wait: Wait, into: list[Any]) -> Thread:
-        into.append((yield wait))
