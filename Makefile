@@ -35,9 +35,10 @@ check: $(STAMP) ## Check formatting, lint, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## Measure recovery time and overhead
+bench: $(STAMP) ## Measure recovery time, overhead, and small all-reduces
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.all_reduce
 
 clean: ## Remove runs and caches; keeps .venv
 	rm -rf runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -156,7 +156,7 @@ def _recoveries(run: EverstepRun) -> list[Recovery]:
         times = (
             failure["fault_at"],
             failure["detected_at"],
-            plan["quiesced_at"],
+            done["quiesce"],
             plan["at"],
             done["rebuild"],
             done["reshard"],

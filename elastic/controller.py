@@ -144,7 +144,7 @@ class Controller:
         self._urgent = True
         self._answers: dict[Member, Quiesced] = {}
         self._awaited = _Awaited(deadline=now + limits.spawn_timeout_seconds)
-        self._phases_done: dict[RecoveryPhase, set[Member]] = {}
+        self._phases_done: dict[RecoveryPhase, dict[Member, float]] = {}
         self._suspicion: _Suspicion | None = None
         self._last_committed = -1
 
@@ -345,7 +345,6 @@ class Controller:
         self._awaited = _Awaited()
         placed = self._placed()
         self.committed = {m: plan.resume_step - 1 for m in placed if m in self._answers}
-        quiesced_at = max((answer.at for answer in self._answers.values()), default=now)
         fields = {
             "generation": plan.generation,
             "action": plan.action,
@@ -360,28 +359,34 @@ class Controller:
             "moves": len(plan.reshard.moves),
             "moved_elements": plan.reshard.elements(self._shape.sizes),
             "slots": {str(a.coordinate): str(a.member) for a in plan.placement},
-            "quiesced_at": quiesced_at,
             "digest": plan.digest,
         }
-        return [Send(Adopt(plan)), Note("plan", fields)]
+        effects: list[Effect] = [Send(Adopt(plan))]
+        if self._answers:
+            stopped_at = max(answer.at for answer in self._answers.values())
+            quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
+            effects.append(Note("phase_done", quiesced))
+        return [*effects, Note("plan", fields)]
 
     def _phase_done(self, note: PhaseDone) -> list[Effect]:
-        done = self._phases_done.setdefault(note.phase, set())
-        done.add(note.member)
+        done = self._phases_done.setdefault(note.phase, {})
+        done[note.member] = note.at
         if note.phase is RecoveryPhase.RESUME and self.plan is not None:
             before = self.committed.get(note.member, -1)
             self.committed[note.member] = max(before, self.plan.resume_step - 1)
-        if done != self._placed():
+        if set(done) != self._placed():
             return []
         effects: list[Effect] = [
             Note(
                 "phase_done",
-                {"generation": note.generation, "phase": note.phase, "done_at": note.at},
+                {
+                    "generation": note.generation,
+                    "phase": note.phase,
+                    "done_at": max(done.values()),
+                },
             )
         ]
         match note.phase:
-            case RecoveryPhase.QUIESCE:
-                pass
             case RecoveryPhase.REBUILD:
                 self.phase = Phase.RESHARDING
             case RecoveryPhase.RESHARD:

@@ -20,9 +20,8 @@ from health.events import FailureEvent
 
 
 class RecoveryPhase(StrEnum):
-    """The parts of a recovery that workers time."""
+    """The parts of a recovery that workers time; the controller times what comes before them."""
 
-    QUIESCE = "quiesce"
     REBUILD = "rebuild"
     RESHARD = "reshard"
     RESUME = "resume"

@@ -36,8 +36,18 @@ def exchange(
 
     Raises RuntimeError when a peer's connection breaks or the group's timeout passes.
     """
+    messages = [*receives, *sends]
+    if not messages:
+        return
+    device = messages[0].tensor.device
+    if device.type == "cuda":
+        # NCCL runs point-to-point operations of one stream in order, and would deadlock on two
+        # ranks that both receive first, unless they are one group call.
+        group._start_coalescing(device)
     pending = [group.recv([m.tensor], m.peer, tag) for m in receives]
     pending += [group.send([m.tensor], m.peer, tag) for m in sends]
+    if device.type == "cuda":
+        pending = [group._end_coalescing(device)]
     for work in pending:
         work.wait()
 

@@ -41,7 +41,7 @@ def test_a_kill_in_each_phase_changes_nothing(
     run = run_job(tmp_path / "killed", kills(places))
     check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=len(places))
     phases = {entry["phase"] for entry in run.journal if entry["event"] == "phase_done"}
-    assert phases == {"rebuild", "reshard", "resume"}
+    assert phases == {"quiesce", "rebuild", "reshard", "resume"}
 
 
 def test_float32_stays_close(tmp_path: Path, calm_run: Callable[[str], Run]) -> None:

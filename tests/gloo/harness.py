@@ -1,9 +1,13 @@
 """Runs a top-level function on n real processes that talk over gloo.
 
 One fork server per test session imports torch and megatron-core once; every rank of every test is
-forked from it, in a process group of its own, and killed when its test ends. The TCPStore lives in
-one more process, so that no rank's death takes it along. A test hands `Cluster.run` a function that
-can be pickled by name; the function gets a `Rank`, and what it returns comes back.
+forked from it, in a process group of its own, and killed when its test ends. A test hands
+`Cluster.run` a function that can be pickled by name; the function gets a `Rank`, and what it returns
+comes back.
+
+Ranks meet in a file of their own. Product code that wants a TCPStore finds one at `Rank.address`,
+in a process that no rank's death takes along. It is not used for all: torch asks DNS for the name of
+``::ffff:127.0.0.1`` at each connection, which takes seconds where a DNS server does not answer.
 
 `Mismatch` is the failure of a check, as opposed to a crash: the tests of planted bugs must tell the
 two apart.
@@ -11,7 +15,9 @@ two apart.
 
 from __future__ import annotations
 
+import os
 import pickle
+import socket
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -25,7 +31,6 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from elastic.rendezvous import serve
 from elastic.spawn import Child, Spawner
 from ntp.geometry import ParallelLayout, SlotRef
 from ntp.groups import plan_groups
@@ -53,6 +58,7 @@ class Rank:
     size: int
     address: str
     generation: int
+    meeting: Path
 
     def groups(self) -> ProcessGroups:
         """An owner of communicators that lives until all ranks have reported.
@@ -63,11 +69,10 @@ class Rank:
         return _owners[-1]
 
     def store(self) -> dist.Store:
-        """A new connection to the run's part of the store."""
-        host, _, port = self.address.rpartition(":")
-        timeout = timedelta(seconds=TIMEOUT_SECONDS)
-        store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)
-        return dist.PrefixStore(f"run/{self.generation}", store)
+        """A new connection to the run's store."""
+        store = dist.FileStore(str(self.meeting), -1)
+        store.set_timeout(timedelta(seconds=TIMEOUT_SECONDS))
+        return store
 
     def adopt(
         self,
@@ -97,7 +102,7 @@ class Cluster:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._spawner = Spawner(("trainer.preload", "pytest", "hypothesis"))
-        self._store = self._spawner.start(serve, logs / "store.log", HOST)
+        self._store = self._spawner.start(_serve, logs / "store.log")
         self._runs = 0
         self._address = ""
 
@@ -127,7 +132,10 @@ class Cluster:
         """
         self._runs += 1
         log = self._logs / f"run-{self._runs}.log"
-        ranks = [Rank(rank, size, self._address, self._runs * 1000) for rank in range(size)]
+        meeting = self._logs / f"run-{self._runs}.store"
+        ranks = [
+            Rank(rank, size, self._address, self._runs * 1000, meeting) for rank in range(size)
+        ]
         children: list[Child] = []
         try:
             for rank in ranks:
@@ -137,10 +145,23 @@ class Cluster:
             _end(children)
 
 
+def _serve(connection: Connection) -> None:
+    """Serve a TCPStore until the process is killed."""
+    # An IPv4 listener: the server then finds its peers' names in /etc/hosts.
+    listener = socket.create_server((HOST, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    connection.send_bytes(f"{HOST}:{store.port}".encode())
+    connection.poll(None)
+
+
 def _enter(
     connection: Connection, rank: Rank, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # how long the resolver may take
     try:
         outcome: tuple[bool, Any] = (True, function(rank, *arguments))
     except BaseException:

@@ -1,5 +1,7 @@
 """A simulated worker process: `elastic.worker` and `trainer.loop`, statement by statement.
 
+One rule is `may_keep`'s own, which see.
+
 The training thread is a generator that yields what it blocks on. `hear` is the link's thread: it
 runs whenever a message arrives, also while the training thread is blocked. What is trained is a
 number per atom, and a step mixes its own number and its tokens into each: a step that is lost,
@@ -88,6 +90,7 @@ class SimWorker:
         self._quiesce: Quiesce | None = None
         self._inbox: deque[AgentMessage] = deque()
         self._receiving: int | None = None
+        self._in_model = False
         self._thread = self._life()
 
     # The scheduler's side.
@@ -138,10 +141,12 @@ class SimWorker:
         while not paused and self.session.step < self.world.shape.steps:
             tensor = self.comms[(GroupAxis.TENSOR, self.slot.replica)]
             self.session = self.session.start()
+            self._in_model = True
             self.world.reached(self, "computing")
             yield tensor.join(None)
             yield self._sleep(0.5)
             yield tensor.join(None)
+            self._in_model = False
             self._check()
             yield from self._synchronize()
             self.session = self.session.prepare()
@@ -197,7 +202,7 @@ class SimWorker:
             plan.generation >= self.answered,
             f"{self.member} acts on plan {plan.generation}, overtaken by {self.answered}",
         )
-        self.plan = plan
+        self.plan, self._in_model = plan, False
         ranks = plan.ranks()
         mine = next(a for a in plan.placement if a.member == self.member)
         yield self._sleep(0.1)
@@ -342,10 +347,19 @@ class SimWorker:
         self._send(Quiesced(quiesce.generation, self.member, held, intact, self.world.now))
 
     def _interrupted(self, error: Exception) -> None:
-        in_vote = self.session.point is StepPoint.PREPARED
-        self._sever(frozenset() if in_vote else self._keepable())
+        self._sever(self._keepable() if self.may_keep() else frozenset())
         if self._quiesce is None or self._quiesce.generation <= self.generation:
             self._send(ConnectionLost(self.generation, self.member, str(error)))
+
+    def may_keep(self) -> bool:
+        """Whether an interrupted worker may keep its tensor-parallel group.
+
+        Not in the vote, nor in the barrier of a layout: its mates may have passed, and wait for it
+        in the next step. Nor where the group itself broke: its other members may wait for it.
+        """
+        in_vote = self.session.point is StepPoint.PREPARED
+        in_barrier = self.pending_generation > 0
+        return not in_vote and not in_barrier and not self._in_model
 
     def _check(self) -> None:
         quiesce = self._quiesce

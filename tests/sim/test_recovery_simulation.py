@@ -19,7 +19,7 @@ from world import Adversity, Ended, Violation, World
 from elastic import planner
 from elastic.membership import Membership
 from elastic.plan import Plan
-from elastic.session import Resume, Standing, decide_resume
+from elastic.session import Resume, Standing, StepPoint, decide_resume
 from elastic.topology import Member
 from ntp.reshard_plan import ReshardPlan, plan_reshard
 
@@ -63,10 +63,6 @@ def test_a_seed_tells_the_same_story_twice() -> None:
 
 def test_a_kill_at_any_time_of_the_start_is_survived_or_explained() -> None:
     assert first_violation(Adversity(at_start=True)) is None
-
-
-def test_a_hung_worker_takes_no_neighbour_along() -> None:
-    assert first_violation(Adversity(hang_anywhere=True)) is None
 
 
 def test_a_completed_job_has_the_last_step_on_every_survivor() -> None:
@@ -127,6 +123,36 @@ def test_pieces_that_are_swapped_are_found(monkeypatch: pytest.MonkeyPatch) -> N
         words in found.splitlines()[0]
         for words in ("is to send", "too much or too little", "differ from the reference", "twice")
     )
+
+
+def test_a_tensor_group_kept_by_a_worker_that_left_the_vote_or_barrier_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never_in_doubt(worker: SimWorker) -> bool:
+        return True
+
+    monkeypatch.setattr(SimWorker, "may_keep", never_in_doubt)
+    found = first_violation(Adversity())
+    assert found is not None and "is fenced, but works" in found.splitlines()[0]
+
+
+def test_a_tensor_group_kept_behind_the_vote_alone_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def in_vote_alone(worker: SimWorker) -> bool:
+        return worker.session.point is not StepPoint.PREPARED
+
+    monkeypatch.setattr(SimWorker, "may_keep", in_vote_alone)
+    found = first_violation(Adversity())
+    assert found is not None and "is fenced, but works" in found.splitlines()[0]
+
+
+def test_a_node_that_answers_only_for_all_its_workers_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(World, "report", World.answer_if_complete)
+    found = first_violation(Adversity())
+    assert found is not None and "is fenced, but works" in found.splitlines()[0]
 
 
 def test_a_violation_tells_its_story_and_how_to_rerun_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,6 @@ from elastic.session import SessionError
 from elastic.topology import DeviceId, Member
 from health.classify import ProcessExited, StoppedAnswering, classify
 from ntp.atoms import AtomCounts, AtomSizes, Axis
-from ntp.groups import GroupAxis
 
 TICK_SECONDS = 0.5
 PATIENCE_SECONDS = 600.0
@@ -107,15 +106,11 @@ class _Agent:
 class Adversity:
     """What may happen beyond the default, which spares what the product cannot do yet.
 
-    `at_start`: strikes may come before the first generation runs. `hang_anywhere`: also on nodes
-    with several workers. `cut_tensor`: connections inside a replica may break although nobody died.
-    `strict_end`: a completed job's survivors must have committed every step.
+    `at_start`: strikes may come before the first generation runs. `strict_end`: a completed job's survivors must have committed every step.
     """
 
     at_start: bool = False
-    hang_anywhere: bool = False
     strict_end: bool = False
-    cut_tensor: bool = False
 
 
 class World:
@@ -287,7 +282,7 @@ class World:
                     if message.generation == agent.answering:
                         agent.given.append(message)
                         agent.awaited.discard(worker.member)
-                        self._answer_if_complete(agent)
+                        self.report(agent)
                 case _:
                     notes.append(message)
         if notes:
@@ -298,7 +293,7 @@ class World:
             case Quiesce():
                 ready = {w.member for w in agent.processes.values()} & agent.ready
                 agent.answering, agent.awaited, agent.given = message.generation, ready, []
-                self._answer_if_complete(agent)
+                self.answer_if_complete(agent)
                 self._pass_on(agent, message)
             case Adopt():
                 self._pass_on(agent, message)
@@ -332,14 +327,19 @@ class World:
         failure = classify(signal, device_healthy=returns == "at once", now=self.now)
         self._put(agent, Failed(failure, None, None, None))
         agent.awaited.discard(member)
-        self._answer_if_complete(agent)
+        self.answer_if_complete(agent)
         self._put_record(agent)
         if returns == "at once":
             self._spawn(agent, member.device)
         elif returns == "later":
             self.after(5.0 + 20.0 * self.rng.random(), self._spawn, agent, member.device)
 
-    def _answer_if_complete(self, agent: _Agent) -> None:
+    def report(self, agent: _Agent) -> None:
+        """A worker answered: say so at once, since another of the node may never answer."""
+        self._put(agent, NodeReport(agent.answering, agent.node, tuple(agent.given)))
+
+    def answer_if_complete(self, agent: _Agent) -> None:
+        """Nobody is awaited any more: say so, even if that leaves nothing to say."""
         if agent.answering and not agent.awaited:
             self._put(agent, NodeReport(agent.answering, agent.node, tuple(agent.given)))
 
@@ -502,16 +502,13 @@ class World:
                 # With the last steps or the last worker nobody would notice: there is no
                 # deadline for progress in this version.
                 late = any(w.session.step >= self.shape.steps - 2 for w in alive)
-                alone = all(len(agent.devices) == 1 for agent in self._agents.values())
-                allowed = alone or self._adversity.hang_anywhere
-                if allowed and not late and len(alive) > 2 and all(w.plan for w in alive):
+                if not late and len(alive) > 2 and all(w.plan for w in alive):
                     self._hang(alive[0])
             case "cut":
                 if pair := [w for w in alive if w.comms]:
                     self.tell("the connections of %s break", pair[0].member)
-                    for (axis, _), comm in pair[0].comms.items():
-                        if axis is not GroupAxis.TENSOR or self._adversity.cut_tensor:
-                            comm.cut(pair[0].member)
+                    for comm in pair[0].comms.values():
+                        comm.cut(pair[0].member)
 
     def _kill(self, worker: SimWorker) -> None:
         if worker.dead:

@@ -1,0 +1,261 @@
+"""A controller on a stage: its events are written as calls, its effects come out as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from elastic.controller import (
+    Controller,
+    Effect,
+    Event,
+    Finish,
+    Limits,
+    Note,
+    Send,
+    StopRequested,
+    Tick,
+)
+from elastic.messages import (
+    Adopt,
+    AgentRecord,
+    ConnectionLost,
+    Failed,
+    Fence,
+    NodeProgress,
+    NodeReport,
+    PhaseDone,
+    Quiesce,
+    Quiesced,
+    RecoveryPhase,
+    StepDone,
+    Stop,
+)
+from elastic.plan import Plan
+from elastic.planner import JobShape
+from elastic.session import Session, Standing, standing
+from elastic.topology import DeviceId, Member
+from health.classify import ProcessExited, StoppedAnswering, classify
+from health.events import FailureEvent
+from ntp.atoms import AtomCounts, AtomSizes
+from ntp.geometry import SlotRef
+
+LIMITS = Limits(
+    spawn_timeout_seconds=60.0,
+    quiesce_timeout_seconds=10.0,
+    corroboration_seconds=1.0,
+    max_recoveries=5,
+)
+VOTE = (8.0, 0.0)
+SILENT_FIELDS = {"digest", "slots", "quiesced_at", "done_at", "moved_elements", "detected_at", "id"}
+
+
+def job_shape(tensor: int = 2, replicas: int = 2, steps: int = 10) -> JobShape:
+    return JobShape(
+        counts=AtomCounts(4, 6, 5),
+        sizes=AtomSizes(7, 3, 2, 5),
+        tensor=tensor,
+        replicas=replicas,
+        global_batch_size=8,
+        micro_batch_size=2,
+        steps=steps,
+    )
+
+
+def node_devices(shape: JobShape) -> tuple[DeviceId, ...]:
+    """One node per replica."""
+    return tuple(
+        DeviceId(node, index) for node in range(shape.replicas) for index in range(shape.tensor)
+    )
+
+
+def committed(step: int) -> Session:
+    """A session between steps that committed `step` last."""
+    if step < 0:
+        return Session()
+    return Session(committed=step - 1).start().prepare().hold_vote(VOTE).commit()
+
+
+def prepared(step: int) -> Session:
+    """A session that holds the reduced gradients of `step`."""
+    return committed(step - 1).start().prepare()
+
+
+def failure_of(member: Member, *, at: float, hang: bool = False) -> FailureEvent:
+    signal = (
+        StoppedAnswering(member.device, member.incarnation, "stop", 10.0)
+        if hang
+        else ProcessExited(member.device, member.incarnation, -9, "")
+    )
+    return classify(signal, device_healthy=False, now=at)
+
+
+class Stage:
+    """Drives one controller. `lines` is the transcript."""
+
+    def __init__(self, shape: JobShape, limits: Limits = LIMITS) -> None:
+        self.shape = shape
+        self.devices = node_devices(shape)
+        self.controller = Controller(shape, self.devices, limits, 0.0)
+        self.lines: list[str] = []
+        self.effects: list[Effect] = []
+        self.now = 0.0
+        self._ready = {device: Member(device, 1) for device in self.devices}
+
+    def member(self, node: int, index: int, incarnation: int = 1) -> Member:
+        return Member(DeviceId(node, index), incarnation)
+
+    @property
+    def plan(self) -> Plan:
+        plan = self.controller.plan
+        assert plan is not None
+        return plan
+
+    @property
+    def placed(self) -> list[Member]:
+        return [assignment.member for assignment in self.plan.placement]
+
+    def handle(self, text: str, event: Event) -> list[Effect]:
+        """One event; writes it and what came of it."""
+        self.lines.append(f"{self.now:g} {text}")
+        before = self.controller.phase
+        self.effects = self.controller.handle(event, self.now)
+        self.lines += [f"    {effect_text(effect)}" for effect in self.effects]
+        if self.controller.phase is not before:
+            self.lines.append(f"    -> {self.controller.phase}")
+        return self.effects
+
+    def wait(self, seconds: float) -> list[Effect]:
+        self.now += seconds
+        return self.handle("tick", Tick())
+
+    def ready(self, node: int) -> list[Effect]:
+        members = tuple(m for device, m in sorted(self._ready.items()) if device.node == node)
+        devices = tuple(device for device in self.devices if device.node == node)
+        return self.handle(
+            f"node{node} has ready: {listed(members)}",
+            AgentRecord(node, devices, members, f"node{node}:7"),
+        )
+
+    def returns(self, node: int, index: int, incarnation: int) -> list[Effect]:
+        self._ready[DeviceId(node, index)] = self.member(node, index, incarnation)
+        return self.ready(node)
+
+    def failed(self, member: Member, *, hang: bool = False) -> list[Effect]:
+        self._ready.pop(member.device, None)
+        failure = failure_of(member, at=self.now, hang=hang)
+        return self.handle(f"{member} failed: {failure.kind}", Failed(failure, None, None, None))
+
+    def answers(
+        self, sessions: Mapping[Member, Session | None], *, generation: int | None = None
+    ) -> list[Effect]:
+        """One report a node; None: the worker holds no state. All hold the newest layout."""
+        effects: list[Effect] = []
+        generation = generation or self.controller.generation
+        for node in sorted({member.device.node for member in sessions}):
+            workers = tuple(
+                Quiesced(generation, member, self._standing(member, session), True, self.now)
+                for member, session in sessions.items()
+                if member.device.node == node
+            )
+            names = listed(worker.member for worker in workers)
+            text = f"node{node} answers {generation} for {names}"
+            effects += self.handle(text, NodeReport(generation, node, workers))
+        return effects
+
+    def _standing(self, member: Member, session: Session | None) -> Standing | None:
+        if session is None:
+            return None
+        slot = next(a.coordinate.slot_ref for a in self.plan.placement if a.member == member)
+        return standing(slot, session, self.plan.generation, 0)
+
+    def initial_answers(self, members: Iterable[Member], *, received: bool) -> list[NodeReport]:
+        """Reports of workers that passed no barrier yet; `received`: the first shards in full."""
+        reports: dict[int, tuple[Quiesced, ...]] = {}
+        for member in members:
+            held = standing(slot_of(member), Session(), 0, 1) if received else None
+            answer = Quiesced(self.controller.generation, member, held, False, self.now)
+            node = member.device.node
+            reports[node] = (*reports.get(node, ()), answer)
+        return [NodeReport(self.controller.generation, n, r) for n, r in reports.items()]
+
+    def phases(self, *phases: RecoveryPhase) -> None:
+        """All placed workers finish these parts of the recovery."""
+        for phase in phases or (RecoveryPhase.REBUILD, RecoveryPhase.RESHARD, RecoveryPhase.RESUME):
+            notes = tuple(
+                PhaseDone(self.controller.generation, member, phase, self.now)
+                for member in self.placed
+            )
+            self.handle(f"all finish {phase}", NodeProgress(0, notes))
+
+    def steps(self, step: int, members: Iterable[Member] | None = None) -> list[Effect]:
+        members = self.placed if members is None else list(members)
+        notes = tuple(step_done(self.controller.generation, m, step, self.now) for m in members)
+        return self.handle(f"step {step} by {listed(members)}", NodeProgress(0, notes))
+
+    def connection_lost(self, member: Member, generation: int | None = None) -> list[Effect]:
+        generation = generation or self.controller.generation
+        note = ConnectionLost(generation, member, "closed by peer")
+        return self.handle(f"{member} lost a connection in {generation}", NodeProgress(0, (note,)))
+
+    def stop(self, reason: str) -> list[Effect]:
+        return self.handle(f"stop requested: {reason}", StopRequested(reason))
+
+    def start(self) -> None:
+        """All workers become ready and the first generation runs."""
+        for node in sorted({device.node for device in self.devices}):
+            self.now += 1
+            self.ready(node)
+        self.phases()
+
+
+def step_done(
+    generation: int, member: Member, step: int, at: float, **changes: Any
+) -> StepDone:
+    fields: dict[str, Any] = {
+        "generation": generation,
+        "member": member,
+        "replica": member.device.node,
+        "step": step,
+        "loss": 2.0,
+        "grad_norm": 1.0,
+        "tokens": 64,
+        "sample_digest": "cafe",
+        "sharded_digest": None,
+        "replicated_digest": None,
+        "started_at": at - 1,
+        "at": at,
+    }
+    return StepDone(**(fields | changes))
+
+
+def listed(members: Iterable[Member]) -> str:
+    return ", ".join(str(member) for member in members) or "nobody"
+
+
+def effect_text(effect: Effect) -> str:
+    match effect:
+        case Send(Quiesce(generation, urgent, lost, _)):
+            return f"send quiesce {generation} {'now' if urgent else 'gently'}, lost {listed(lost)}"
+        case Send(Adopt(plan)):
+            return f"send plan {plan.generation} to {listed(a.member for a in plan.placement)}"
+        case Send(Fence(member, asked_to, waited)):
+            return f"send fence {member}: did not {asked_to} in {waited:g} s"
+        case Send(Stop(reason)):
+            return f"send stop: {reason}"
+        case Finish(outcome, reason):
+            return f"finish {outcome}: {reason}"
+        case Note(event, fields):
+            shown = {k: v for k, v in fields.items() if k not in SILENT_FIELDS and v is not None}
+            return f"note {event}: " + "; ".join(f"{k} {_plain(v)}" for k, v in shown.items())
+    raise AssertionError(effect)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_plain(each) for each in value) + "]"
+    return str(value)
+
+
+def slot_of(member: Member) -> SlotRef:
+    return SlotRef(member.device.node, member.device.index)

@@ -1,0 +1,230 @@
+"""Plans: who is placed where, what moves, what is kept, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scenes import VOTE, committed, job_shape, node_devices, prepared
+
+from elastic.messages import Quiesced
+from elastic.plan import Action, NoPlan, Plan, StateSource
+from elastic.planner import JobShape, Situation, home_devices, plan_generation, split_batch
+from elastic.session import Session, standing
+from elastic.topology import Coordinate, DeviceId, Member
+from ntp.geometry import full_layout
+
+SHAPE = job_shape()
+
+
+def workers(shape: JobShape = SHAPE) -> dict[Coordinate, Member]:
+    places = home_devices(shape, node_devices(shape))
+    return {place: Member(device, 1) for device, place in places.items()}
+
+
+def answer(
+    plan: Plan,
+    member: Member,
+    session: Session,
+    *,
+    generation: int = 2,
+    layout: int | None = None,
+    pending: int = 0,
+    intact: bool = True,
+) -> Quiesced:
+    slot = next(a.coordinate.slot_ref for a in plan.placement if a.member == member)
+    layout = plan.generation if layout is None else layout
+    held = standing(slot, session, layout, pending)
+    return Quiesced(generation, member, held, intact, 0.0)
+
+
+def situation(
+    alive: Mapping[Coordinate, Member],
+    answers: Mapping[Member, Quiesced],
+    *history: Plan,
+) -> Situation:
+    past = {plan.generation: plan for plan in history}
+    return Situation(max(past, default=0) + 1, alive, answers, past, "node0:7")
+
+
+def first_plan(shape: JobShape = SHAPE) -> Plan:
+    plan = plan_generation(shape, situation(workers(shape), {}))
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def without(*lost: tuple[int, int]) -> dict[Coordinate, Member]:
+    return {p: m for p, m in workers().items() if (p.replica, p.slot) not in lost}
+
+
+def next_plan(alive: Mapping[Coordinate, Member], session: Session) -> Plan | NoPlan:
+    first = first_plan()
+    placed = {a.member for a in first.placement}
+    answers = {m: answer(first, m, session) for m in alive.values() if m in placed}
+    return plan_generation(SHAPE, situation(alive, answers, first))
+
+
+def test_home_devices_fill_replica_by_replica_and_spares_have_no_place() -> None:
+    devices = (*node_devices(SHAPE), DeviceId(9, 0))
+    places = home_devices(SHAPE, devices)
+    assert list(places.values()) == [Coordinate(r, 0, s) for r in (0, 1) for s in (0, 1)]
+    assert DeviceId(9, 0) not in places
+
+
+def test_the_first_plan_initialises_everybody() -> None:
+    plan = first_plan()
+    assert plan.state_source is StateSource.INITIALIZE and plan.source_layout is None
+    assert plan.layout == full_layout(SHAPE.counts, 2, 2)
+    assert (plan.resume_step, plan.reshard.moves, plan.kept_tensor_groups) == (0, (), ())
+    assert "TP2+TP2" in plan.reason
+
+
+def test_a_lost_slot_is_taken_over_by_its_replica_and_the_other_keeps_its_group() -> None:
+    plan = next_plan(without((0, 1)), prepared(3))
+    assert isinstance(plan, Plan)
+    assert plan.action is Action.REDUCE_TP and plan.degrees() == ((1,), (2,))
+    assert plan.kept_tensor_groups == (1,)
+    assert {move.target.replica for move in plan.reshard.moves} == {0}
+    assert {(m.source.replica, m.source.slot) for m in plan.reshard.moves} == {(1, 1)}
+    assert (plan.resume_step, plan.redone, plan.apply_vote) == (3, True, None)
+    assert "replica 0 slot 1 is vacant, replica 0 goes to TP1; step 3 is redone" in plan.reason
+
+
+def test_a_group_that_a_member_calls_broken_is_not_kept() -> None:
+    first = first_plan()
+    alive = without((0, 1))
+    answers = {
+        m: answer(first, m, committed(3), intact=place != Coordinate(1, 0, 0))
+        for place, m in alive.items()
+    }
+    plan = plan_generation(SHAPE, situation(alive, answers, first))
+    assert isinstance(plan, Plan) and plan.kept_tensor_groups == ()
+
+
+def test_a_vote_that_one_survivor_holds_is_given_to_all() -> None:
+    first = first_plan()
+    alive = without((0, 1))
+    ahead, *behind = alive.values()
+    answers = {m: answer(first, m, prepared(3)) for m in behind}
+    answers[ahead] = answer(first, ahead, prepared(3).hold_vote(VOTE))
+    plan = plan_generation(SHAPE, situation(alive, answers, first))
+    assert isinstance(plan, Plan)
+    assert (plan.resume_step, plan.apply_vote) == (4, VOTE)
+
+
+def test_a_returned_slot_takes_its_home_back_and_only_that_moves() -> None:
+    reduced = next_plan(without((0, 1)), committed(3))
+    assert isinstance(reduced, Plan)
+    alive = without((0, 1)) | {Coordinate(0, 0, 1): Member(DeviceId(0, 1), 2)}
+    answers = {
+        a.member: answer(reduced, a.member, committed(5), generation=3) for a in reduced.placement
+    }
+    plan = plan_generation(SHAPE, situation(alive, answers, first_plan(), reduced))
+    assert isinstance(plan, Plan)
+    assert plan.action is Action.GROW_TP and plan.layout == full_layout(SHAPE.counts, 2, 2)
+    assert {(m.target.replica, m.target.slot) for m in plan.reshard.moves} == {(0, 1)}
+    assert "replica 0 slot 1 returned, replica 0 goes to TP2" in plan.reason
+
+
+def test_a_worker_replaced_in_place_gets_all_its_state_anew() -> None:
+    alive = without((0, 1)) | {Coordinate(0, 0, 1): Member(DeviceId(0, 1), 2)}
+    plan = next_plan(alive, committed(3))
+    assert isinstance(plan, Plan)
+    assert plan.action is Action.CONTINUE and "1 workers replaced in place" in plan.reason
+    assert {(m.target.replica, m.target.slot) for m in plan.reshard.moves} == {(0, 1)}
+    assert any(move.axis is None for move in plan.reshard.moves)
+    assert plan.kept_tensor_groups == (1,)
+
+
+def test_a_replica_without_devices_is_dropped_and_its_batch_goes_to_the_others() -> None:
+    plan = next_plan(without((1, 0), (1, 1)), committed(3))
+    assert isinstance(plan, Plan)
+    assert plan.action is Action.DROP_REPLICA and plan.batch_split == (8,)
+    assert plan.reshard.moves == () and "replica 1 has no device left" in plan.reason
+
+
+@pytest.mark.parametrize(
+    ("alive", "reason"),
+    [
+        ({}, "no worker is left"),
+        (without((0, 0), (1, 0)), "no living process holds kv_group 0..2"),
+    ],
+)
+def test_nothing_to_be_done_is_said_with_a_reason(
+    alive: dict[Coordinate, Member], reason: str
+) -> None:
+    plan = next_plan(alive, committed(3))
+    assert isinstance(plan, NoPlan) and reason in plan.reason
+
+
+def test_newcomers_alone_hold_no_state() -> None:
+    fresh = {place: Member(member.device, 2) for place, member in workers().items()}
+    plan = next_plan(fresh, committed(3))
+    assert isinstance(plan, NoPlan) and "no survivor holds any state" in plan.reason
+
+
+def test_a_layout_that_one_survivor_passed_to_is_where_all_go_on_from() -> None:
+    first, alive = first_plan(), without((0, 1))
+    second = next_plan(alive, committed(3))
+    assert isinstance(second, Plan)
+    passed, *waiting = alive.values()
+    answers = {m: answer(second, m, committed(3), layout=1, pending=2) for m in waiting}
+    answers[passed] = answer(second, passed, committed(3), layout=2)
+    plan = plan_generation(SHAPE, situation(alive, answers, first, second))
+    assert isinstance(plan, Plan)
+    assert plan.source_generation == 2 and plan.source_layout == second.layout
+    assert plan.reshard.moves == ()
+    # Nobody passed: everybody goes back to the old layout, and the moves are made again.
+    answers = {m: answer(second, m, committed(3), layout=1, pending=2) for m in alive.values()}
+    plan = plan_generation(SHAPE, situation(alive, answers, first, second))
+    assert isinstance(plan, Plan)
+    assert plan.source_generation == 1 and plan.reshard == second.reshard
+
+
+def test_a_contradiction_is_no_plan_rather_than_a_crash() -> None:
+    first, alive = first_plan(), without((0, 1))
+    ahead, *behind = alive.values()
+    answers = {m: answer(first, m, committed(1)) for m in behind}
+    answers[ahead] = answer(first, ahead, committed(3))
+    plan = plan_generation(SHAPE, situation(alive, answers, first))
+    assert isinstance(plan, NoPlan) and "step 3 was decided" in plan.reason
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 4))
+def test_the_batch_is_split_whole_and_as_evenly_as_it_divides(
+    replicas: int, extra: int, micro: int
+) -> None:
+    batch = micro * (replicas + extra)
+    shape = JobShape(SHAPE.counts, SHAPE.sizes, 2, replicas, batch, micro, 5)
+    split = split_batch(shape, full_layout(shape.counts, 2, replicas))
+    assert sum(split) == batch and all(share % micro == 0 for share in split)
+    assert max(split) - min(split) <= micro and list(split) == sorted(split, reverse=True)
+
+
+def test_the_digest_of_a_plan_depends_on_what_it_says() -> None:
+    assert first_plan().digest == first_plan().digest
+    other = next_plan(without((0, 1)), committed(3))
+    assert isinstance(other, Plan) and other.digest != first_plan().digest
+
+
+# Failing: a bug found, see the report.
+
+
+def test_bug_newcomers_that_received_but_never_switched_are_no_plan_rather_than_a_crash() -> None:
+    """The last old worker dies while the newcomers beside it wait in the layout's barrier."""
+    first = first_plan()
+    fresh = {place: Member(member.device, 2) for place, member in workers().items()}
+    old = Coordinate(0, 0, 0)
+    alive = fresh | {old: workers()[old]}
+    second = plan_generation(SHAPE, situation(workers(), {}))
+    assert isinstance(second, Plan)
+    answers = {
+        member: Quiesced(3, member, standing(place.slot_ref, committed(-1), 0, 2), False, 0.0)
+        for place, member in alive.items()
+        if place != old
+    }
+    del alive[old]
+    outcome = plan_generation(SHAPE, situation(alive, answers, first))
+    assert isinstance(outcome, Plan | NoPlan)
