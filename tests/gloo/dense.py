@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from harness import Mismatch
@@ -49,12 +50,14 @@ def generator(name: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 7919 + zlib.crc32(name.encode()))
 
 
+@cache
 def integers(spec: TensorSpec, seed: int) -> Tensor:
     """Whole numbers in float64, so that sums are exact in any order."""
     drawn = torch.randint(-99, 100, spec.shape, generator=generator(spec.name, seed))
     return drawn.double()
 
 
+@cache
 def normal(spec: TensorSpec, seed: int) -> Tensor:
     """Normal numbers."""
     return torch.randn(spec.shape, generator=generator(spec.name, seed), dtype=torch.float64)

@@ -2,12 +2,12 @@
 
 One fork server per test session imports torch and megatron-core once; every rank of every test is
 forked from it, in a process group of its own, and killed when its test ends. A test hands
-`Cluster.run` a function that can be pickled by name; the function gets a `Rank`, and what it returns
-comes back.
+`Cluster.run` a function that can be pickled by name; the function gets a `Rank`, and what it
+returns comes back.
 
 Ranks meet in a file of their own. Product code that wants a TCPStore finds one at `Rank.address`,
-in a process that no rank's death takes along. It is not used for all: torch asks DNS for the name of
-``::ffff:127.0.0.1`` at each connection, which takes seconds where a DNS server does not answer.
+in a process that no rank's death takes along. It is not used for all: torch asks DNS for the name
+of ``::ffff:127.0.0.1`` at each connection, which takes seconds where no DNS server answers.
 
 `Mismatch` is the failure of a check, as opposed to a crash: the tests of planted bugs must tell the
 two apart.
@@ -82,7 +82,11 @@ class Rank:
         generation: int = 1,
         store: dist.Store | None = None,
     ) -> dict[SlotRef, int]:
-        """Build all groups of `layout` anew; returns the ranks of its slots."""
+        """Build all groups of `layout` anew; returns the ranks of its slots.
+
+        Returns when everybody has built them, as the worker does by comparing digests: a rank that
+        let go of its groups sooner would break those that a peer still connects.
+        """
         ranks = {ref: rank for rank, ref in enumerate(layout.slots())}
         names = [f"{ref.replica}.{ref.slot}@{generation}" for ref in layout.slots()]
         groups.adopt(
@@ -93,6 +97,7 @@ class Rank:
             store if store is not None else self.store(),
             frozenset(),
         )
+        dist.all_reduce(torch.zeros(1), group=groups.world)
         return ranks
 
 

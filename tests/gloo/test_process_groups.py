@@ -43,6 +43,7 @@ def world_of(rank: Rank, groups: ProcessGroups, generation: int, size: int) -> N
         rank.store(),
         frozenset(),
     )
+    assert sum_of_ones(groups.world) == size  # Everybody is there.
 
 
 def ends_promptly(operation: Callable[[], object]) -> str:
@@ -186,7 +187,6 @@ def kept_rank(rank: Rank) -> list[float]:
     slot = LAYOUTS[0].slots()[rank.rank]
     groups, store = rank.groups(), rank.store()
     rank.adopt(groups, LAYOUTS[0], slot, 1, store)
-    sum_of_ones(groups.world)  # Everybody has all groups.
     if slot == SlotRef(1, 1):
         return []
     names = [f"{ref.replica}.{ref.slot}@1" for ref in LAYOUTS[1].slots()]

@@ -1,7 +1,7 @@
 """Whole steps of two replicas at TP2 against one replica in one piece, on the same global batches.
 
-The real worker, step loop, planner and optimizer run; only the agent is missing: `Line` stands in for
-the link to it and asks for a pause where the layout is to change.
+The real worker, step loop, planner and optimizer run; only the agent is missing: `Line` stands in
+for the link to it and asks for a pause where the layout is to change.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def story(
         steps=config.train.steps,
     )
     grid = [
-        Coordinate(replica, 0, slot) for replica in range(job.replicas) for slot in range(job.tensor)
+        Coordinate(replica, 0, slot)
+        for replica in range(job.replicas)
+        for slot in range(job.tensor)
     ]
     history: dict[int, Plan] = {}
     incarnations = dict.fromkeys(grid, 0)

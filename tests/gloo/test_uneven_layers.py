@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 import torch
-from dense import cut, fill, generator, layout_of, relative_difference, whole
+from dense import fill, generator, layout_of, relative_difference, whole
 from harness import Cluster, Mismatch, Rank
 from planted import plant
 from torch import Tensor

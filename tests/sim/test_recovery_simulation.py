@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 from sim_worker import SimWorker
-from world import Adversity, Ended, Violation, World
+from strikes import Adversity
+from world import Ended, Violation, World
 
 from elastic import planner
 from elastic.membership import Membership
 from elastic.plan import Plan
 from elastic.session import Resume, Standing, StepPoint, decide_resume
 from elastic.topology import Member
-from ntp.reshard_plan import ReshardPlan, plan_reshard
+from ntp.geometry import SlotRef
+from ntp.reshard_plan import Move, ReshardPlan, plan_reshard
 
 SEEDS = int(os.environ.get("EVERSTEP_SIM_SEEDS", "300"))
 PLANTED_SEEDS = 200
@@ -61,12 +63,18 @@ def test_a_seed_tells_the_same_story_twice() -> None:
     assert len(first.story) > 10
 
 
-def test_a_kill_at_any_time_of_the_start_is_survived_or_explained() -> None:
-    assert first_violation(Adversity(at_start=True)) is None
+# Failing: bugs found, see the report.
 
 
-def test_a_completed_job_has_the_last_step_on_every_survivor() -> None:
-    assert first_violation(Adversity(strict_end=True)) is None
+def test_bug_a_kill_at_any_time_of_the_start_is_survived_or_explained() -> None:
+    assert first_violation(Adversity(at_start=True), 100) is None
+
+
+def test_bug_a_completed_job_has_the_last_step_on_every_survivor() -> None:
+    assert first_violation(Adversity(strict_end=True), 100) is None
+
+
+# Planted bugs. `in_vote_alone` below is what worker.py did when this was written.
 
 
 def test_a_vote_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +109,9 @@ def test_a_failed_member_that_stays_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_pieces_that_are_swapped_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def order(move: Move) -> tuple[SlotRef, str, int]:
+        return move.target, move.axis or "", move.atoms.start if move.atoms else 0
+
     def swapped(*arguments: Any) -> ReshardPlan:
         """Two moves of one axis exchange their atoms."""
         moves = list(plan_reshard(*arguments).moves)
@@ -110,10 +121,7 @@ def test_pieces_that_are_swapped_are_found(monkeypatch: pytest.MonkeyPatch) -> N
                 if one.axis is other.axis and one.atoms != other.atoms:
                     moves[first] = replace(one, atoms=other.atoms)
                     moves[second] = replace(other, atoms=one.atoms)
-                    ordered = sorted(
-                        moves, key=lambda m: (m.target, m.axis or "", m.atoms.start if m.atoms else 0)
-                    )
-                    return ReshardPlan(tuple(ordered))
+                    return ReshardPlan(tuple(sorted(moves, key=order)))
         return ReshardPlan(tuple(moves))
 
     monkeypatch.setattr(planner, "plan_reshard", swapped)
@@ -147,10 +155,10 @@ def test_a_tensor_group_kept_behind_the_vote_alone_is_found(
     assert found is not None and "is fenced, but works" in found.splitlines()[0]
 
 
-def test_a_node_that_answers_only_for_all_its_workers_is_found(
+def test_a_fence_that_also_strikes_those_who_answered_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(World, "report", World.answer_if_complete)
+    monkeypatch.setattr(World, "spares", lambda world, agent, member: False)
     found = first_violation(Adversity())
     assert found is not None and "is fenced, but works" in found.splitlines()[0]
 

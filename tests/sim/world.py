@@ -19,6 +19,7 @@ from typing import Any
 
 from links import Comm
 from sim_worker import REPLICATED, GroupKey, Piece, SimWorker, mix, pieces_owned
+from strikes import Adversity, Strike, new_strike
 
 from elastic.controller import Controller, Event, Finish, Limits, Note, Phase, Send, Tick
 from elastic.messages import (
@@ -59,22 +60,6 @@ class Violation(AssertionError):
     """An invariant is broken."""
 
 
-@dataclass(slots=True)
-class Strike:
-    """Something bad that happens once, when its trigger comes.
-
-    `trigger`: "time" (at `at` seconds), the name of a phase that the controller enters (for the
-    `at`-th time), or a point of a step (in step `at`). `kind`: kill, hang or cut.
-    """
-
-    trigger: str
-    at: int
-    kind: str
-    victims: int
-    delay: float
-    done: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Ended:
     """How a simulated run ended."""
@@ -102,21 +87,13 @@ class _Agent:
     down_at: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Adversity:
-    """What may happen beyond the default, which spares what the product cannot do yet.
-
-    `at_start`: strikes may come before the first generation runs. `strict_end`: a completed job's survivors must have committed every step.
-    """
-
-    at_start: bool = False
-    strict_end: bool = False
+MILD = Adversity()
 
 
 class World:
     """One run."""
 
-    def __init__(self, seed: int, adversity: Adversity = Adversity()) -> None:  # noqa: B008
+    def __init__(self, seed: int, adversity: Adversity = MILD) -> None:
         self.rng = Random(seed)
         self._adversity = adversity
         self.seed = seed
@@ -156,7 +133,7 @@ class World:
         self._plans: dict[int, Plan] = {}
         self._phases: Counter[str] = Counter()
         self._calm_until_running = not adversity.at_start
-        self._strikes = [self._new_strike() for _ in range(rng.randint(1, 5))]
+        self._strikes = [new_strike(rng, self.shape.steps) for _ in range(rng.randint(1, 5))]
 
     def run(self) -> Ended:
         """Play the whole story."""
@@ -282,7 +259,7 @@ class World:
                     if message.generation == agent.answering:
                         agent.given.append(message)
                         agent.awaited.discard(worker.member)
-                        self.report(agent)
+                        self._answer_if_complete(agent)
                 case _:
                     notes.append(message)
         if notes:
@@ -293,11 +270,14 @@ class World:
             case Quiesce():
                 ready = {w.member for w in agent.processes.values()} & agent.ready
                 agent.answering, agent.awaited, agent.given = message.generation, ready, []
-                self.answer_if_complete(agent)
+                self._answer_if_complete(agent)
                 self._pass_on(agent, message)
             case Adopt():
                 self._pass_on(agent, message)
             case Fence():
+                if self.spares(agent, message.member):
+                    self._report_answers(agent)
+                    return
                 worker = agent.processes.get(message.member.device)
                 if worker is not None and worker.member == message.member:
                     self.check(worker.hung or worker.dead, f"{worker.member} is fenced, but works")
@@ -327,21 +307,23 @@ class World:
         failure = classify(signal, device_healthy=returns == "at once", now=self.now)
         self._put(agent, Failed(failure, None, None, None))
         agent.awaited.discard(member)
-        self.answer_if_complete(agent)
+        self._answer_if_complete(agent)
         self._put_record(agent)
         if returns == "at once":
             self._spawn(agent, member.device)
         elif returns == "later":
             self.after(5.0 + 20.0 * self.rng.random(), self._spawn, agent, member.device)
 
-    def report(self, agent: _Agent) -> None:
-        """A worker answered: say so at once, since another of the node may never answer."""
-        self._put(agent, NodeReport(agent.answering, agent.node, tuple(agent.given)))
+    def spares(self, agent: _Agent, member: Member) -> bool:
+        """The guard of `Agent._fence`: a worker that did answer is not killed for its neighbour."""
+        return member in {answer.member for answer in agent.given}
 
-    def answer_if_complete(self, agent: _Agent) -> None:
-        """Nobody is awaited any more: say so, even if that leaves nothing to say."""
+    def _answer_if_complete(self, agent: _Agent) -> None:
         if agent.answering and not agent.awaited:
-            self._put(agent, NodeReport(agent.answering, agent.node, tuple(agent.given)))
+            self._report_answers(agent)
+
+    def _report_answers(self, agent: _Agent) -> None:
+        self._put(agent, NodeReport(agent.answering, agent.node, tuple(agent.given)))
 
     def _put_record(self, agent: _Agent) -> None:
         ready = tuple(w.member for w in agent.processes.values() if w.member in agent.ready)
@@ -439,7 +421,7 @@ class World:
                 and w.session.committed < last
             ]
             spared = not self._adversity.strict_end
-            self.check(spared or not behind, f"completed, but {behind} have not committed step {last}")
+            self.check(spared or not behind, f"completed, but {behind} lack step {last}")
             return
         layout = max((worker.layout_generation for worker in workers), default=0)
         held: set[Piece] = set()
@@ -451,37 +433,6 @@ class World:
         self.check(held != set(self._pieces), f"halted although all is held: {finished.reason}")
 
     # Bad luck.
-
-    def _new_strike(self) -> Strike:
-        rng = self.rng
-        trigger = rng.choice(
-            (
-                "time",
-                "time",
-                "prepared",
-                "voted",
-                "committed",
-                "computing",
-                Phase.QUIESCING,
-                Phase.REBUILDING,
-                Phase.RESHARDING,
-                Phase.RESUMING,
-            )
-        )
-        match trigger:
-            case "time":
-                at = rng.randint(3, 40)
-            case Phase():
-                at = rng.randint(1, 4)
-            case _:
-                at = rng.randrange(self.shape.steps)
-        return Strike(
-            trigger=trigger,
-            at=at,
-            kind=rng.choice(("kill", "kill", "kill", "kill", "hang", "cut")),
-            victims=rng.choice((1, 1, 1, 2, 3)),
-            delay=rng.choice((0.0, 0.05, 0.3, 1.0)) * rng.random(),
-        )
 
     def _strike(self, strike: Strike, at: SimWorker | None) -> None:
         strike.done = True

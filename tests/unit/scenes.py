@@ -209,9 +209,7 @@ class Stage:
         self.phases()
 
 
-def step_done(
-    generation: int, member: Member, step: int, at: float, **changes: Any
-) -> StepDone:
+def step_done(generation: int, member: Member, step: int, at: float, **changes: Any) -> StepDone:
     fields: dict[str, Any] = {
         "generation": generation,
         "member": member,

@@ -15,7 +15,6 @@ from scenes import LIMITS, Stage, committed, failure_of, job_shape, prepared
 
 from elastic.controller import (
     _TABLE,
-    Controller,
     Event,
     Finish,
     Note,
@@ -42,9 +41,7 @@ REWRITE = os.environ.get("EVERSTEP_REWRITE") == "1"
 
 EVENTS: dict[type[Event], Callable[[Stage], Event]] = {
     AgentRecord: lambda stage: AgentRecord(0, (), (), "node0:7"),
-    Failed: lambda stage: Failed(
-        failure_of(stage.member(7, 7), at=stage.now), None, None, None
-    ),
+    Failed: lambda stage: Failed(failure_of(stage.member(7, 7), at=stage.now), None, None, None),
     NodeReport: lambda stage: NodeReport(stage.controller.generation, 0, ()),
     NodeProgress: lambda stage: NodeProgress(0, ()),
     Tick: lambda stage: Tick(),

@@ -1,4 +1,4 @@
-"""A step's state machine, and the decision rule checked against every interleaving of a small model.
+"""A step's state machine, and the decision rule against every interleaving of a small model.
 
 The model: ranks go through their steps independently, but a vote is obtained only when all are
 prepared, and a new layout is switched to only when all have received it. Whoever survives a cut

@@ -1,0 +1,188 @@
+"""A real agent over a real store, its processes played by the test: who is heard, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from elastic.agent import Agent, NodeSpec, WorkerSpec
+from elastic.config import HealthConfig
+from elastic.keys import decode, encode, job_prefix, key_of
+from elastic.memory_store import MemoryStore
+from elastic.messages import (
+    AgentRecord,
+    Failed,
+    Fence,
+    NodeReport,
+    Quiesce,
+    Quiesced,
+    Ready,
+    Stop,
+    StoreMessage,
+    WorkerMessage,
+)
+from elastic.store import Change
+from elastic.topology import DeviceId, Member
+from health.events import FaultKind
+
+PATIENCE_SECONDS = 1.0
+"""Spent only by a test that fails."""
+
+
+class Process:
+    """A child as the agent sees it; it ends when it is killed."""
+
+    def __init__(self, spec: WorkerSpec | None) -> None:
+        self.connection, self.line = Pipe()
+        self.process = self
+        self.exitcode: int | None = None
+        self.sentinel, self._end = os.pipe()
+        self.spec = spec
+        if spec is None:
+            self.line.send_bytes(b"localhost:1")
+        else:
+            self.say(Ready(spec.member))
+
+    def say(self, message: WorkerMessage) -> None:
+        self.line.send_bytes(msgspec.json.encode(message))
+
+    def kill(self) -> None:
+        if self.exitcode is None:
+            self.exitcode = -9
+            os.close(self._end)
+
+    def join(self) -> None:
+        os.close(self.sentinel)
+
+
+class Spawner:
+    """Starts nothing. `workers` are the processes of each device, newest last."""
+
+    def __init__(self) -> None:
+        self.workers: dict[DeviceId, Process] = {}
+
+    def start(self, main: Callable[..., None], log: Path, *arguments: Any) -> Process:
+        if not isinstance(arguments[0], WorkerSpec):
+            return Process(None)
+        spec = arguments[0]
+        self.workers[spec.member.device] = Process(spec)
+        return self.workers[spec.member.device]
+
+
+class Node:
+    """The agent of a node with two devices, and what it writes."""
+
+    def __init__(self, logs: Path) -> None:
+        self.store = MemoryStore()
+        self.spawner = Spawner()
+        self.devices = (DeviceId(0, 0), DeviceId(0, 1))
+        self._written: AsyncIterator[Change] = self.store.watch(job_prefix("job"))
+        spec = NodeSpec(
+            job="job",
+            node=0,
+            host="localhost",
+            devices=self.devices,
+            health=HealthConfig(),
+            faults=(),
+            logs=logs,
+            worker_main=lambda connection, spec: None,
+            payload="",
+            started_at=0.0,
+        )
+        self.agent = Agent(spec, self.store, self.spawner)  # type: ignore[arg-type]
+
+    async def command(self, message: StoreMessage) -> None:
+        await self.store.put(key_of("job", message), encode(message))
+
+    async def written(self, wanted: Callable[[Any], bool]) -> Any:
+        """The next message in the store that is wanted."""
+
+        async def found() -> Any:
+            async for change in self._written:
+                if change.value is not None and wanted(message := decode(change.value)):
+                    return message
+
+        return await asyncio.wait_for(found(), PATIENCE_SECONDS)
+
+    async def told(self, device: DeviceId) -> None:
+        """The worker of `device` was written to."""
+        loop, heard = asyncio.get_running_loop(), asyncio.Event()
+        line: Connection = self.spawner.workers[device].line
+        loop.add_reader(line.fileno(), heard.set)
+        await asyncio.wait_for(heard.wait(), PATIENCE_SECONDS)
+        loop.remove_reader(line.fileno())
+        line.recv_bytes()
+
+
+def with_node(tmp_path: Path, story: Callable[[Node], Awaitable[None]]) -> None:
+    async def main() -> None:
+        node = Node(tmp_path)
+        serving = asyncio.create_task(node.agent.run())
+        try:
+            await node.written(lambda m: isinstance(m, AgentRecord) and len(m.ready) == 2)
+            await story(node)
+        finally:
+            await node.command(Stop("over"))
+            await serving
+
+    asyncio.run(main())
+
+
+def answer(member: Member) -> Quiesced:
+    return Quiesced(2, member, None, False, 0.0)
+
+
+def test_a_node_reports_the_answers_of_all_its_workers(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        await node.command(Quiesce(2, True, (), "because"))
+        for device in node.devices:
+            await node.told(device)
+            node.spawner.workers[device].say(answer(Member(device, 1)))
+        report = await node.written(lambda m: isinstance(m, NodeReport) and len(m.workers) == 2)
+        assert report == NodeReport(2, 0, tuple(answer(Member(d, 1)) for d in node.devices))
+
+    with_node(tmp_path, story)
+
+
+def test_a_death_is_reported_before_the_answers_that_no_longer_wait_for_it(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        await node.command(Quiesce(2, True, (), "because"))
+        first, second = node.devices
+        await node.told(first)
+        node.spawner.workers[first].say(answer(Member(first, 1)))
+        node.spawner.workers[second].kill()
+        failed = await node.written(lambda m: isinstance(m, Failed))
+        assert failed.failure.kind is FaultKind.PROCESS_EXIT and failed.failure.device == second
+        report = await node.written(lambda m: isinstance(m, NodeReport) and bool(m.workers))
+        assert report.workers == (answer(Member(first, 1)),)
+        record = await node.written(lambda m: isinstance(m, AgentRecord) and len(m.ready) == 2)
+        assert record.ready == (Member(first, 1), Member(second, 2))
+
+    with_node(tmp_path, story)
+
+
+def test_a_fence_strikes_the_silent_worker_and_lets_its_neighbour_s_answer_through(
+    tmp_path: Path,
+) -> None:
+    async def story(node: Node) -> None:
+        await node.command(Quiesce(2, True, (), "because"))
+        answered, silent = node.devices
+        await node.told(answered)
+        alive = node.spawner.workers[answered]
+        alive.say(answer(Member(answered, 1)))
+        await node.command(Fence(Member(silent, 1), "stop", 10.0))
+        failed = await node.written(lambda m: isinstance(m, Failed))
+        assert failed.failure.kind is FaultKind.HANG and failed.failure.device == silent
+        await node.command(Fence(Member(answered, 1), "stop", 10.0))
+        report = await node.written(lambda m: isinstance(m, NodeReport) and bool(m.workers))
+        assert report.workers == (answer(Member(answered, 1)),)
+        assert alive.exitcode is None and node.spawner.workers[answered] is alive
+
+    with_node(tmp_path, story)
