@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import progress, run_main, scratch_folder
-from benchmarks.ranks import LOOPBACK, STORE_TIMEOUT, give, run_ranks
+from benchmarks.ranks import LOOPBACK, STORE_TIMEOUT_SECONDS, give, run_ranks
 
 RANKS = (2, 4, 8)
 KIB = 1024
@@ -55,13 +55,13 @@ def compare(connection: Connection, rank: int, size: int, address: str, budget: 
     import torch
     import torch.distributed as dist
 
+    from elastic.rendezvous_client import RendezvousStore
     from ntp import process_groups
     from ntp.groups import GroupAxis, GroupSpec
 
     torch.set_num_threads(1)
     groups = process_groups.ProcessGroups(process_groups.Link("gloo", LOOPBACK, 60.0, 60.0))
-    host, _, port = address.rpartition(":")
-    store = dist.TCPStore(host, int(port), is_master=False, timeout=STORE_TIMEOUT)
+    store = RendezvousStore(address, STORE_TIMEOUT_SECONDS)
     world = GroupSpec(GroupAxis.WORLD, 0, tuple(range(size)))
     groups.adopt([world], [str(r) for r in range(size)], rank, 1, store, frozenset())
 

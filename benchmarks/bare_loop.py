@@ -15,10 +15,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.bare_model import BareModel, layout_of
-from benchmarks.ranks import LOOPBACK, STORE_TIMEOUT, give, run_ranks, say
+from benchmarks.ranks import LOOPBACK, STORE_TIMEOUT_SECONDS, give, run_ranks, say
+from elastic.rendezvous_client import RendezvousStore
 from ntp.grad_sync import GradientSync, SyncGroups
 from ntp.groups import plan_groups
 from ntp.process_groups import Link, ProcessGroups
@@ -62,8 +62,7 @@ def train(connection: Connection, rank: int, size: int, address: str, payload: s
     groups = ProcessGroups(
         Link("gloo", LOOPBACK, health.rebuild_timeout_seconds, health.collective_timeout_seconds)
     )
-    host, _, port = address.rpartition(":")
-    store = dist.TCPStore(host, int(port), is_master=False, timeout=STORE_TIMEOUT)
+    store = RendezvousStore(address, STORE_TIMEOUT_SECONDS)
     names = [str(member) for member in range(size)]
     groups.adopt(plan_groups(layout), names, rank, 1, store, frozenset())
     model = BareModel(config, slot, groups.tensor)

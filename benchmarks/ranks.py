@@ -1,8 +1,8 @@
 """Worker processes of a benchmark: forked as everstep forks its own, with nothing of its runtime.
 
 The processes come from the same kind of fork server with the same modules imported, lead their own
-process groups, and die with it. A torch store is served by one more process. Each rank sends any
-number of progress texts and then one result over its line to the benchmark.
+process groups, and die with it. A rendezvous store is served by one more process. Each rank sends
+any number of progress texts and then one result over its line to the benchmark.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from elastic.rendezvous import serve
 from elastic.spawn import Child, Spawner
 
 LOOPBACK = "127.0.0.1"
-STORE_TIMEOUT = timedelta(seconds=60)
+STORE_TIMEOUT_SECONDS = 60.0
 
 RankMain = Callable[..., None]
 """Called as ``main(connection, rank, size, store_address, *arguments)`` in a process of its own."""

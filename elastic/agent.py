@@ -41,7 +41,7 @@ from elastic.messages import (
     StoreMessage,
     WorkerMessage,
 )
-from elastic.rendezvous import serve
+from elastic.rendezvous import RendezvousServer
 from elastic.spawn import Child, Spawner
 from elastic.store import Change, Lease, Store
 from elastic.topology import DeviceId, Member
@@ -130,19 +130,16 @@ class Agent:
     async def run(self) -> None:
         """Serve the node until the controller says stop. Kills its processes however it ends."""
         loop = asyncio.get_running_loop()
-        log = self._spec.logs / f"node{self._spec.node}-rendezvous.log"
-        # In a thread: the first process of a run waits for the fork server's imports.
-        rendezvous = await loop.run_in_executor(
-            None, self._spawner.start, serve, log, self._spec.host
-        )
+        # In a thread, as the fork server's imports take seconds.
+        await loop.run_in_executor(None, self._spawner.warm_up)
+        rendezvous = RendezvousServer()
+        self._rendezvous_address = await rendezvous.start(self._spec.host)
         lease = await self._store.lease(self._spec.health.lease_seconds)
         tasks = [
             asyncio.create_task(self._keep_alive(lease)),
             asyncio.create_task(self._write(lease)),
         ]
         try:
-            address = await loop.run_in_executor(None, rendezvous.connection.recv_bytes)
-            self._rendezvous_address = address.decode()
             for device in self._devices:
                 self._spawn(device)
             listening = asyncio.create_task(self._listen(self._changes))
@@ -155,7 +152,8 @@ class Agent:
         finally:
             for task in tasks:
                 task.cancel()
-            self._kill_all(rendezvous)
+            self._kill_all()
+            await rendezvous.close()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     # From the store.
@@ -297,15 +295,15 @@ class Agent:
             return None
         return next(fault for fault in self._spec.faults if fault.id == fired.fault)
 
-    def _kill_all(self, rendezvous: Child) -> None:
+    def _kill_all(self) -> None:
         children = [process.child for process in self._running()]
         loop = asyncio.get_running_loop()
         for child in children:
             loop.remove_reader(child.connection.fileno())
             loop.remove_reader(child.process.sentinel)
-        for child in (*children, rendezvous):
+        for child in children:
             child.kill()
-        for child in (*children, rendezvous):
+        for child in children:
             child.process.join()
             child.connection.close()
 

@@ -146,7 +146,6 @@ class Controller:
         self._awaited = _Awaited(deadline=now + limits.spawn_timeout_seconds)
         self._phases_done: dict[RecoveryPhase, dict[Member, float]] = {}
         self._suspicion: _Suspicion | None = None
-        self._last_committed = -1
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event; returns the effects in the order in which they must be performed."""
@@ -226,7 +225,6 @@ class Controller:
             match note:
                 case StepDone():
                     self.committed[note.member] = note.step
-                    self._last_committed = max(self._last_committed, note.step)
                 case PhaseDone() if note.generation == self.generation:
                     effects += self._phase_done(note)
                 case ConnectionLost() if note.generation == self.generation and self._adopting:
@@ -340,11 +338,17 @@ class Controller:
         plan = plan_generation(self._shape, situation)
         if isinstance(plan, NoPlan):
             return self._halt(plan.reason)
+        alive = set(self._members.workers().values())
+        committed = max((self.committed[m] for m in alive & set(self.committed)), default=-1)
         self.plans[self.generation] = plan
         self.phase = Phase.REBUILDING
         self._awaited = _Awaited()
         placed = self._placed()
-        self.committed = {m: plan.resume_step - 1 for m in placed if m in self._answers}
+        self.committed = {
+            member: answer.standing.committed
+            for member, answer in self._answers.items()
+            if answer.standing is not None and member in placed
+        }
         fields = {
             "generation": plan.generation,
             "action": plan.action,
@@ -352,7 +356,7 @@ class Controller:
             "resume_step": plan.resume_step,
             "applies_vote": plan.apply_vote is not None,
             "redone": plan.redone,
-            "lost_steps": max(0, self._last_committed + 1 - plan.resume_step),
+            "lost_steps": max(0, committed + 1 - plan.resume_step),
             "degrees": plan.degrees(),
             "batch_split": plan.batch_split,
             "kept_tensor_groups": plan.kept_tensor_groups,

@@ -70,7 +70,8 @@ def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
         for member, answer in situation.answers.items()
         if answer.standing is not None
     }
-    if not situation.history:
+    switched = any(standing.layout_generation for standing in standings.values())
+    if not switched and _nothing_was_committed(situation):
         source, resume = None, Resume(0, None, False, 0, "the job starts")
     elif not standings:
         return NoPlan("no survivor holds any state, and no checkpoint is configured")
@@ -79,7 +80,11 @@ def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
             resume = decide_resume(list(standings.values()))
         except UnrecoverableStep as error:
             return NoPlan(str(error))
-        source = situation.history[resume.layout_generation]
+        source = situation.history.get(resume.layout_generation)
+        if source is None:
+            return NoPlan(
+                f"survivors hold generation {resume.layout_generation}, which has no plan"
+            )
     layout = _target_layout(shape, source.layout if source else None, situation.workers)
     try:
         reshard = _reshard(shape, source, layout, situation.workers, standings)
@@ -116,6 +121,22 @@ def split_batch(shape: JobShape, layout: ParallelLayout) -> tuple[int, ...]:
         shape.micro_batch_size * (micro_batches // count + (index < micro_batches % count))
         for index in range(count)
     )
+
+
+def _nothing_was_committed(situation: Situation) -> bool:
+    """Whether state may be initialised: at the start, or again after a failed start.
+
+    A worker that was placed and did not switch to its shards never passed the barrier, without
+    which nobody can have taken part in a vote.
+    """
+    if not situation.history:
+        return True
+    newest = situation.history[max(situation.history)]
+    placed = {assignment.member for assignment in newest.placement}
+    only_started = all(
+        plan.state_source is StateSource.INITIALIZE for plan in situation.history.values()
+    )
+    return only_started and bool(placed & set(situation.answers))
 
 
 def _target_layout(

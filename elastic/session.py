@@ -147,6 +147,9 @@ def decide_resume(standings: Sequence[Standing]) -> Resume:
     Raises UnrecoverableStep, which only a bug or a lost state can cause.
     """
     layout = max(standing.layout_generation for standing in standings)
+    if layout == 0:
+        # Only newcomers are left, none of which switched: what they received is as good.
+        layout = max(standing.pending_generation for standing in standings)
     # A newcomer whose first shards nobody switched to holds nothing that counts.
     standings = [
         s

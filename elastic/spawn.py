@@ -56,6 +56,12 @@ class Spawner:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(preload))
 
+    def warm_up(self) -> None:
+        """Wait until the fork server has done its imports; the first of several callers waits."""
+        child = self.start(_nothing, Path(os.devnull))
+        child.process.join()
+        child.connection.close()
+
     def close(self) -> None:
         """End the fork server and wait for it. Its children must have ended."""
         # The one way to end them before the interpreter exits, though not a public one.
@@ -69,6 +75,10 @@ class Spawner:
         process.start()
         theirs.close()
         return Child(process, ours)
+
+
+def _nothing(connection: Connection) -> None:
+    """What a process does that only shows that the fork server answers."""
 
 
 def _enter(main: Callable[..., None], log: str, connection: Connection, *arguments: Any) -> None:

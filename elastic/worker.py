@@ -8,9 +8,9 @@ any of this simply ends it with an exception, and the worker stands ready for th
 with the state it had; see `elastic.session` for why that state is always enough.
 
 A healthy replica keeps its tensor-parallel group. Its ranks therefore stop only at the boundary
-before gradient sync, where all of them arrive. One exception: a rank that is stopped inside the
-vote cannot know whether its mates got the result and are a step ahead, waiting for it; it severs
-the group and says so.
+before gradient sync, where all of them arrive. A rank that cannot know where its mates are severs
+the group and says so: one that is stopped inside the vote or the barrier of an adoption, behind
+which mates may compute already and wait for it, and one for which the group itself broke.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -40,6 +39,7 @@ from elastic.messages import (
     Stop,
 )
 from elastic.plan import Plan
+from elastic.rendezvous_client import RendezvousStore
 from elastic.session import Session, StepPoint, standing
 from elastic.topology import Coordinate, Member
 from ntp.geometry import SlotRef
@@ -99,10 +99,12 @@ class Worker:
         self._link = link
         self._device = device
         self._quiesce: Quiesce | None = None
+        self._rendezvous: RendezvousStore | None = None
         self._layout_generation = 0
         self._pending_generation = 0
         self._slot = SlotRef(0, 0)
         self._step_started = (0, 0, 0.0)
+        self._in_model = False
 
     def start(self) -> None:
         """Begin to listen, and say that this worker is ready."""
@@ -125,6 +127,11 @@ class Worker:
         """Whether a new generation is announced that waits for the step in flight."""
         return self._quiesce is not None and self._quiesce.generation > self.generation
 
+    def reach_boundary(self) -> None:
+        """Forward and backward are done. Raises StepAborted like `check`."""
+        self._in_model = False
+        self.check()
+
     def check(self) -> None:
         """Raise StepAborted if a new generation is announced that does not wait."""
         quiesce = self._quiesce
@@ -135,6 +142,7 @@ class Worker:
         """A step starts."""
         self.session = self.session.start()
         self._step_started = (self.generation, self.coordinate.replica, time.time())
+        self._in_model = True
 
     def commit(self, trainable: Trainable, vote: tuple[float, ...]) -> None:
         """Apply the step in flight with the vote held, and report it."""
@@ -172,7 +180,11 @@ class Worker:
                 case Quiesce() as quiesce:
                     announced = quiesce.generation
                     self._answer(quiesce)
-                case Adopt(plan) if plan.generation >= announced and self._is_placed(plan):
+                case Adopt(plan) if (
+                    plan.generation > self.generation
+                    and plan.generation >= announced
+                    and self._is_placed(plan)
+                ):
                     return plan
                 case Adopt():
                     # A plan that a newer announcement has overtaken: acting on it is forbidden.
@@ -188,16 +200,21 @@ class Worker:
         self._settle(plan, trainable)
         self._slot = slot
         rank = ranks[slot]
+        store = RendezvousStore(plan.rendezvous, self.groups.build_timeout_seconds)
+        self._rendezvous = store
+        # From here on the link's thread can end a wait for the store; it may have tried before.
+        self.check()
         self.groups.adopt(
             plan.groups,
             [str(assignment.member) for assignment in plan.placement],
             rank,
             plan.generation,
-            _store(plan.rendezvous, self.groups.build_timeout_seconds),
+            store,
             frozenset((GroupAxis.TENSOR, replica) for replica in plan.kept_tensor_groups),
         )
         self.check()
         self._compare_digests(plan)
+        store.close()
         self._done(RecoveryPhase.REBUILD)
         trainable.reshard(plan, ranks, slot)
         self._pending_generation = plan.generation
@@ -210,8 +227,13 @@ class Worker:
 
     def interrupted(self, error: Exception) -> None:
         """The step or the adoption ended with `error`: wake whoever waits for this worker."""
-        in_vote = self.session.point is StepPoint.PREPARED
-        self.groups.sever(keep=frozenset() if in_vote else self._keepable())
+        mates_may_wait = (
+            self._in_model
+            or self.session.point is StepPoint.PREPARED
+            or self._pending_generation > 0
+        )
+        self._in_model = False
+        self.groups.sever(keep=frozenset() if mates_may_wait else self._keepable())
         if self._quiesce is None or self._quiesce.generation <= self.generation:
             detail = f"{type(error).__name__}: {error}"
             self._link.send(ConnectionLost(self.generation, self.member, detail))
@@ -250,6 +272,8 @@ class Worker:
             self._quiesce = message
             if message.urgent:
                 self.groups.sever(keep=self._keepable(message.lost))
+                if self._rendezvous is not None:
+                    self._rendezvous.sever()
 
     def _keepable(self, lost: tuple[Member, ...] = ()) -> frozenset[GroupKey]:
         """This worker's tensor-parallel group, unless it lost a member."""
@@ -276,9 +300,3 @@ class Worker:
 
     def _done(self, phase: RecoveryPhase) -> None:
         self._link.send(PhaseDone(self.generation, self.member, phase, time.time()))
-
-
-def _store(address: str, timeout_seconds: float) -> dist.TCPStore:
-    host, _, port = address.rpartition(":")
-    timeout = timedelta(seconds=timeout_seconds)
-    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout)

@@ -21,7 +21,7 @@ Positions are assumed to be rotary: no learned position table is listed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
 
@@ -86,7 +86,9 @@ class TensorSpec:
 
     ``shape[atom_dim]`` is the number of atoms; a replicated tensor has axis None and atom_dim -1.
     ``leading_dims`` counts the dimensions that merge into the parameter's first dimension; those
-    after them, if any, merge into its second.
+    after them, if any, merge into its second. ``partial_gradient``: the tensor is replicated, but a
+    slot's gradient covers only what its own atoms contribute (the norms of queries and keys see the
+    slot's heads), so the gradients of all slots must be summed.
     """
 
     name: str
@@ -94,11 +96,13 @@ class TensorSpec:
     shape: tuple[int, ...]
     atom_dim: int
     leading_dims: int = 1
+    partial_gradient: bool = False
 
     def __post_init__(self) -> None:
         split = 0 <= self.atom_dim < len(self.shape)
         assert split if self.axis is not None else self.atom_dim == -1, self
         assert 1 <= self.leading_dims <= len(self.shape), self
+        assert self.axis is None or not self.partial_gradient, self
 
     def local_shape(self, atoms: int) -> tuple[int, ...]:
         """Shape with `atoms` atoms on the atom dimension; the full shape where replicated."""
@@ -229,8 +233,9 @@ def _layer_specs(shape: ModelShape, prefix: str) -> list[TensorSpec]:
             TensorSpec(f"{name}.bias", Axis.KV_GROUP, (groups, group_rows), 0, leading_dims=2)
         )
     if shape.qk_norm:
-        specs += _norm_specs(shape, f"{attention}.q_layernorm", shape.kv_channels)
-        specs += _norm_specs(shape, f"{attention}.k_layernorm", shape.kv_channels)
+        for norm in ("q_layernorm", "k_layernorm"):
+            per_head = _norm_specs(shape, f"{attention}.{norm}", shape.kv_channels)
+            specs += [replace(spec, partial_gradient=True) for spec in per_head]
     specs += _norm_specs(shape, f"{prefix}.pre_mlp_layernorm", hidden)
     dims = column_dim + 1
     columns = (*gates, ffn)

@@ -3,8 +3,8 @@
 Per home slot h the ranks that hold h all-reduce its home atoms. Where a replica lost h, the slots
 that adopted pieces of it send those to proxies before the all-reduce and get the sums back after
 it (design of nonuniform tensor parallelism: the replica is a leaf of h's group). Replicated tensors
-are reduced once over the world, to which one slot of each replica contributes, so that all slots of
-all replicas receive the same bits.
+are reduced once over the world, so that all slots of all replicas receive the same bits. One slot
+of each replica contributes to them; to those whose gradients are partial sums, every slot does.
 
 Gradients are summed here, never averaged: the optimizer divides by the global number of tokens.
 """
@@ -72,7 +72,7 @@ class GradientSync:
     def _reduce_replicated(self, gradients: torch.Tensor) -> None:
         replicated = gradients[self._shards.sharded :]
         if not self._contributes_replicated:
-            replicated.zero_()
+            replicated[self._shards.partial :].zero_()
         dist.all_reduce(replicated, group=self._groups.world)
 
     def _to_proxies(self, gradients: torch.Tensor) -> None:

@@ -40,7 +40,8 @@ class LocalShards:
     """The map from atoms to places in one slot's flat buffers.
 
     Attributes: ``total`` elements in a buffer; ``sharded`` elements at its beginning that are
-    tensor parallel, the rest being replicated.
+    tensor parallel, the rest being replicated; ``partial`` elements that follow those are
+    replicated with gradients that are partial sums.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], shards: ShardMap, slot: int) -> None:
@@ -48,13 +49,14 @@ class LocalShards:
         self._shards = shards
         self.placements: list[Placement] = []
         offset = 0
-        for spec in sorted(specs, key=lambda spec: spec.axis is None):
+        for spec in sorted(specs, key=lambda spec: (spec.axis is None, not spec.partial_gradient)):
             atoms = 0 if spec.axis is None else shards.local_atoms(spec.axis, slot)
             shape = spec.local_shape(atoms)
             self.placements.append(Placement(spec, offset, shape))
             offset += prod(shape)
         self.total = offset
         self.sharded = sum(prod(p.shape) for p in self.placements if p.spec.axis is not None)
+        self.partial = sum(prod(p.shape) for p in self.placements if p.spec.partial_gradient)
 
     def home(self) -> tuple[AtomRange, ...]:
         """The home atoms of this slot, one range an axis."""

@@ -75,7 +75,7 @@ class Communicator:
         return isinstance(self.group, dist.ProcessGroupGloo)
 
     def sever(self) -> None:
-        """End pending and future operations with an error, here and on every peer. Idempotent."""
+        """End operations with an error, here and on peers that wait for this rank. Idempotent."""
         self.severed = True
         if not self.is_gloo:
             self.group.abort()
@@ -251,7 +251,7 @@ class ProcessGroups:
 
         `members` names the worker behind each rank; `specs` is the same sequence on all ranks, and
         ranks build their groups in its order. Raises RuntimeError when a peer does not appear
-        within the build timeout.
+        within the build timeout, and GroupSevered when a kept communicator broke meanwhile.
         """
         mine = [spec for spec in specs if rank in spec.ranks]
         for key in [key for key in self._live if key not in kept]:
@@ -261,7 +261,8 @@ class ProcessGroups:
             key = (spec.axis, spec.index)
             names = tuple(members[r] for r in spec.ranks)
             if key in kept:
-                assert self.intact(key, names), f"plan keeps {key}, which is not intact here"
+                if not self.intact(key, names):
+                    raise GroupSevered(f"the plan keeps the {key[0]} group, which broke meanwhile")
             else:
                 prefix = dist.PrefixStore(f"{generation}/{spec.axis}/{spec.index}", store)
                 self._live[key] = _connect(self._link, prefix, spec.ranks.index(rank), names)

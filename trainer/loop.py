@@ -104,7 +104,7 @@ class StepLoop:
             digests += digest
 
         # The boundary: the one place where a healthy replica's ranks all stop (see elastic.worker).
-        worker.check()
+        worker.reach_boundary()
         gradients = generation.state.gradients
         generation.sync.run(gradients, between=lambda: self._at(FaultPhase.GRAD_SYNC))
         worker.session = worker.session.prepare()

@@ -29,7 +29,6 @@ def test_ctrl_c_ends_the_run_and_everything_in_it(config: Path, tmp_path: Path) 
     with launch(arguments) as started:
         started.wait_for_line("generation 1 runs")
         workers = started.descendants()
-        # Two rendezvous stores, the fork server, its resource tracker, and the workers.
         assert len(workers) >= 8
         os.kill(started.process.pid, signal.SIGINT)
         output = started.output.read()

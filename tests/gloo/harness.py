@@ -5,9 +5,8 @@ forked from it, in a process group of its own, and killed when its test ends. A 
 `Cluster.run` a function that can be pickled by name; the function gets a `Rank`, and what it
 returns comes back.
 
-Ranks meet in a file of their own. Product code that wants a TCPStore finds one at `Rank.address`,
-in a process that no rank's death takes along. It is not used for all: torch asks DNS for the name
-of ``::ffff:127.0.0.1`` at each connection, which takes seconds where no DNS server answers.
+Ranks meet in a file of their own. Product code that wants a rendezvous store finds one at
+`Rank.address`, in a process that no rank's death takes along.
 
 `Mismatch` is the failure of a check, as opposed to a crash: the tests of planted bugs must tell the
 two apart.
@@ -15,9 +14,7 @@ two apart.
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable, Collection
@@ -31,6 +28,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from elastic.rendezvous import serve
 from elastic.spawn import Child, Spawner
 from ntp.geometry import ParallelLayout, SlotRef
 from ntp.groups import plan_groups
@@ -107,7 +105,7 @@ class Cluster:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._spawner = Spawner(("trainer.preload", "pytest", "hypothesis"))
-        self._store = self._spawner.start(_serve, logs / "store.log")
+        self._store = self._spawner.start(serve, logs / "store.log", HOST)
         self._runs = 0
         self._address = ""
 
@@ -150,23 +148,10 @@ class Cluster:
             _end(children)
 
 
-def _serve(connection: Connection) -> None:
-    """Serve a TCPStore until the process is killed."""
-    # An IPv4 listener: the server then finds its peers' names in /etc/hosts.
-    listener = socket.create_server((HOST, 0))
-    port = listener.getsockname()[1]
-    store = dist.TCPStore(
-        HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
-    connection.send_bytes(f"{HOST}:{store.port}".encode())
-    connection.poll(None)
-
-
 def _enter(
     connection: Connection, rank: Rank, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # how long the resolver may take
     try:
         outcome: tuple[bool, Any] = (True, function(rank, *arguments))
     except BaseException:

@@ -63,14 +63,11 @@ def test_a_seed_tells_the_same_story_twice() -> None:
     assert len(first.story) > 10
 
 
-# Failing: bugs found, see the report.
-
-
-def test_bug_a_kill_at_any_time_of_the_start_is_survived_or_explained() -> None:
+def test_a_kill_at_any_time_of_the_start_is_survived_or_explained() -> None:
     assert first_violation(Adversity(at_start=True), 100) is None
 
 
-def test_bug_a_completed_job_has_the_last_step_on_every_survivor() -> None:
+def test_a_completed_job_has_the_last_step_on_every_survivor() -> None:
     assert first_violation(Adversity(strict_end=True), 100) is None
 
 

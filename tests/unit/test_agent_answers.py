@@ -39,16 +39,13 @@ PATIENCE_SECONDS = 1.0
 class Process:
     """A child as the agent sees it; it ends when it is killed."""
 
-    def __init__(self, spec: WorkerSpec | None) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self.connection, self.line = Pipe()
         self.process = self
         self.exitcode: int | None = None
         self.sentinel, self._end = os.pipe()
         self.spec = spec
-        if spec is None:
-            self.line.send_bytes(b"localhost:1")
-        else:
-            self.say(Ready(spec.member))
+        self.say(Ready(spec.member))
 
     def say(self, message: WorkerMessage) -> None:
         self.line.send_bytes(msgspec.json.encode(message))
@@ -68,10 +65,11 @@ class Spawner:
     def __init__(self) -> None:
         self.workers: dict[DeviceId, Process] = {}
 
+    def warm_up(self) -> None:
+        """There is nothing to wait for."""
+
     def start(self, main: Callable[..., None], log: Path, *arguments: Any) -> Process:
-        if not isinstance(arguments[0], WorkerSpec):
-            return Process(None)
-        spec = arguments[0]
+        (spec,) = arguments
         self.workers[spec.member.device] = Process(spec)
         return self.workers[spec.member.device]
 

@@ -141,7 +141,7 @@ def test_unknown_settings_name_the_nearest_valid_one(override: str, expected: st
         (
             ("train.global_batch_size=9",),
             "train.global_batch_size: 9 is not a multiple of parallel.replicas (2) x"
-            " train.micro_batch_size (2) = 4; set it to 12",
+            " train.micro_batch_size (4) = 8; set it to 16",
         ),
         (
             ("model.num_query_groups=2",),

@@ -209,10 +209,7 @@ def test_the_digest_of_a_plan_depends_on_what_it_says() -> None:
     assert isinstance(other, Plan) and other.digest != first_plan().digest
 
 
-# Failing: a bug found, see the report.
-
-
-def test_bug_newcomers_that_received_but_never_switched_do_not_crash_the_planner() -> None:
+def test_newcomers_that_received_but_never_switched_do_not_crash_the_planner() -> None:
     """The last old worker dies while the newcomers wait in the barrier of their first layout."""
     fresh = {place: Member(member.device, 2) for place, member in workers().items()}
     answers = {
