@@ -64,7 +64,7 @@ class Pair:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Failure-free speed of everstep.")
-    parser.add_argument("--pairs", type=int, default=3, help="runs of each (default 3)")
+    parser.add_argument("--pairs", type=int, default=5, help="runs of each (default 5)")
     parser.add_argument("--steps", type=int, default=60, help="steps of a run (default 60)")
     options = parser.parse_args()
     if options.pairs < 1 or options.steps < DROPPED_STEPS + 2:

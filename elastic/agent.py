@@ -160,7 +160,7 @@ class Agent:
 
     async def _listen(self, changes: AsyncIterator[Change]) -> None:
         async for change in changes:
-            if change.value is None:
+            if change.value is None or not self._concerns(change.key):
                 continue
             match decode(change.value):
                 case Quiesce() as quiesce:
@@ -176,6 +176,12 @@ class Agent:
                     return
                 case _:
                     continue
+
+    def _concerns(self, key: str) -> bool:
+        """Whether a change may matter here; most are other parties' reports of every step."""
+        path = key.removeprefix(job_prefix(self._spec.job))
+        heals = any(device.heals_at is not None for device in self._devices.values())
+        return path.startswith(("commands/", "plan/")) or (heals and path.startswith("progress/"))
 
     def _tell(self, message: AgentMessage) -> None:
         encoded = msgspec.json.encode(message)

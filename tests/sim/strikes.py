@@ -24,18 +24,6 @@ class Strike:
     done: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Adversity:
-    """What may happen beyond the default.
-
-    `at_start`: strikes may come before the first generation runs. `strict_end`: when a job is
-    completed, every survivor must have committed the last step.
-    """
-
-    at_start: bool = False
-    strict_end: bool = False
-
-
 def new_strike(rng: Random, steps: int) -> Strike:
     """A random strike on a job of so many steps."""
     trigger = rng.choice(

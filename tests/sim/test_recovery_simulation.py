@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from sim_worker import SimWorker
-from strikes import Adversity
 from world import Ended, Violation, World
 
 from elastic import planner
@@ -35,11 +34,11 @@ def seeds() -> Sequence[int]:
     return range(SEEDS) if chosen is None else (int(chosen),)
 
 
-def first_violation(adversity: Adversity, count: int = PLANTED_SEEDS) -> str | None:
+def first_violation(count: int = PLANTED_SEEDS) -> str | None:
     """What the first failing seed violates; None if all hold."""
     for seed in range(count):
         try:
-            World(seed, adversity).run()
+            World(seed).run()
         except Violation as violation:
             return str(violation)
     return None
@@ -63,15 +62,7 @@ def test_a_seed_tells_the_same_story_twice() -> None:
     assert len(first.story) > 10
 
 
-def test_a_kill_at_any_time_of_the_start_is_survived_or_explained() -> None:
-    assert first_violation(Adversity(at_start=True), 100) is None
-
-
-def test_a_completed_job_has_the_last_step_on_every_survivor() -> None:
-    assert first_violation(Adversity(strict_end=True), 100) is None
-
-
-# Planted bugs. `in_vote_alone` below is what worker.py did when this was written.
+# Planted bugs.
 
 
 def test_a_vote_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +72,7 @@ def test_a_vote_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
         return replace(resume, resume_step=lowest + 1, vote=None)
 
     monkeypatch.setattr(planner, "decide_resume", blind)
-    found = first_violation(Adversity())
+    found = first_violation()
     assert found is not None and "to resume at" in found.splitlines()[0]
 
 
@@ -90,7 +81,7 @@ def test_a_stale_plan_that_is_adopted_is_found(monkeypatch: pytest.MonkeyPatch) 
         return any(assignment.member == worker.member for assignment in plan.placement)
 
     monkeypatch.setattr(SimWorker, "may_adopt", anything)
-    found = first_violation(Adversity())
+    found = first_violation()
     assert found is not None and "overtaken by" in found.splitlines()[0]
 
 
@@ -99,7 +90,7 @@ def test_a_failed_member_that_stays_is_found(monkeypatch: pytest.MonkeyPatch) ->
         return None
 
     monkeypatch.setattr(Membership, "remove", keep)
-    found = first_violation(Adversity())
+    found = first_violation()
     assert found is not None
     # Either it is placed again, or everybody waits for its answer until the patience ends.
     assert "are placed" in found.splitlines()[0] or "stuck" in found.splitlines()[0]
@@ -122,7 +113,7 @@ def test_pieces_that_are_swapped_are_found(monkeypatch: pytest.MonkeyPatch) -> N
         return ReshardPlan(tuple(moves))
 
     monkeypatch.setattr(planner, "plan_reshard", swapped)
-    found = first_violation(Adversity())
+    found = first_violation()
     assert found is not None
     assert any(
         words in found.splitlines()[0]
@@ -137,7 +128,7 @@ def test_a_tensor_group_kept_by_a_worker_that_left_the_vote_or_barrier_is_found(
         return True
 
     monkeypatch.setattr(SimWorker, "may_keep", never_in_doubt)
-    found = first_violation(Adversity())
+    found = first_violation()
     assert found is not None and "is fenced, but works" in found.splitlines()[0]
 
 
@@ -148,7 +139,7 @@ def test_a_tensor_group_kept_behind_the_vote_alone_is_found(
         return worker.session.point is not StepPoint.PREPARED
 
     monkeypatch.setattr(SimWorker, "may_keep", in_vote_alone)
-    found = first_violation(Adversity())
+    found = first_violation()
     assert found is not None and "is fenced, but works" in found.splitlines()[0]
 
 
@@ -156,13 +147,13 @@ def test_a_fence_that_also_strikes_those_who_answered_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(World, "spares", lambda world, agent, member: False)
-    found = first_violation(Adversity())
+    found = first_violation()
     assert found is not None and "is fenced, but works" in found.splitlines()[0]
 
 
 def test_a_violation_tells_its_story_and_how_to_rerun_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Membership, "remove", lambda membership, member: None)
-    found = first_violation(Adversity())
+    found = first_violation()
     assert found is not None
     lines = found.splitlines()
     assert lines[-1].startswith("rerun: EVERSTEP_SIM_SEED=")

@@ -19,7 +19,7 @@ from typing import Any
 
 from links import Comm
 from sim_worker import REPLICATED, GroupKey, Piece, SimWorker, mix, pieces_owned
-from strikes import Adversity, Strike, new_strike
+from strikes import Strike, new_strike
 
 from elastic.controller import Controller, Event, Finish, Limits, Note, Phase, Send, Tick
 from elastic.messages import (
@@ -87,15 +87,11 @@ class _Agent:
     down_at: float = 0.0
 
 
-MILD = Adversity()
-
-
 class World:
     """One run."""
 
-    def __init__(self, seed: int, adversity: Adversity = MILD) -> None:
+    def __init__(self, seed: int) -> None:
         self.rng = Random(seed)
-        self._adversity = adversity
         self.seed = seed
         self.now = 0.0
         self.build_timeout = 3.0
@@ -132,7 +128,6 @@ class World:
         self._gone: set[Member] = set()
         self._plans: dict[int, Plan] = {}
         self._phases: Counter[str] = Counter()
-        self._calm_until_running = not adversity.at_start
         self._strikes = [new_strike(rng, self.shape.steps) for _ in range(rng.randint(1, 5))]
 
     def run(self) -> Ended:
@@ -372,8 +367,6 @@ class World:
 
     def _entered(self, phase: Phase) -> None:
         self._phases[phase] += 1
-        if phase is Phase.RUNNING:
-            self._calm_until_running = False
         for strike in self._strikes:
             if not strike.done and strike.trigger == phase and strike.at == self._phases[phase]:
                 strike.done = True
@@ -420,8 +413,7 @@ class World:
                 and not w.dead
                 and w.session.committed < last
             ]
-            spared = not self._adversity.strict_end
-            self.check(spared or not behind, f"completed, but {behind} lack step {last}")
+            self.check(not behind, f"completed, but {behind} lack step {last}")
             return
         layout = max((worker.layout_generation for worker in workers), default=0)
         held: set[Piece] = set()
@@ -436,8 +428,6 @@ class World:
 
     def _strike(self, strike: Strike, at: SimWorker | None) -> None:
         strike.done = True
-        if self._calm_until_running:
-            return
         alive = [worker for worker in self._workers() if not worker.dead and not worker.hung]
         self.rng.shuffle(alive)
         if at in alive and self.rng.random() < 0.6:
