@@ -20,9 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
+from elastic.effects import (
+    Effect,
+    Event,
+    Finish,
+    Limits,
+    Note,
+    Phase,
+    Send,
+    StopRequested,
+    Tick,
+)
 from elastic.membership import Membership
 from elastic.messages import (
     Adopt,
@@ -45,71 +55,8 @@ from elastic.planner import JobShape, Situation, home_devices, plan_generation
 from elastic.topology import DeviceId, Member
 
 
-class Phase(StrEnum):
-    """Phases of the machine; see the module's docstring."""
-
-    QUIESCING = "quiescing"
-    REBUILDING = "rebuilding"
-    RESHARDING = "resharding"
-    RESUMING = "resuming"
-    RUNNING = "running"
-    COMPLETED = "completed"
-    HALTED = "halted"
-
-
 class ProtocolError(RuntimeError):
     """An event that the controller's phase does not allow: a bug, or a foreign message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time passed."""
-
-
-@dataclass(frozen=True, slots=True)
-class StopRequested:
-    """A person wants the job to end."""
-
-    reason: str
-
-
-Event = AgentRecord | Failed | NodeReport | NodeProgress | Tick | StopRequested
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Effect: an entry of the journal."""
-
-    event: str
-    fields: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Effect: write a message to the store under the key that belongs to it."""
-
-    message: Quiesce | Adopt | Fence | Stop
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Effect: the job is over."""
-
-    outcome: str
-    reason: str
-
-
-Effect = Note | Send | Finish
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Deadlines in seconds, and after how many generations the job gives up."""
-
-    spawn_timeout_seconds: float
-    quiesce_timeout_seconds: float
-    corroboration_seconds: float
-    max_recoveries: int
 
 
 @dataclass(slots=True)

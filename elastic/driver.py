@@ -11,7 +11,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from elastic.controller import Controller, Effect, Event, Finish, Note, Send, StopRequested, Tick
+from elastic.controller import Controller
+from elastic.effects import Effect, Event, Finish, Note, Send, StopRequested, Tick
 from elastic.keys import decode, encode, job_prefix, key_of
 from elastic.messages import Adopt, AgentRecord, Failed, NodeProgress, NodeReport, StoreMessage
 from elastic.store import Change, Store

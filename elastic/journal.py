@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import msgspec
 
-from elastic.controller import Finish, Note
+from elastic.effects import Finish, Note
 from elastic.messages import AgentRecord, NodeProgress, StepDone, StoreMessage
 from elastic.plan import Plan
 from elastic.step_log import StepLine, StepLog

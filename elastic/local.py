@@ -17,8 +17,9 @@ from typing import Any
 
 from elastic.agent import Agent, NodeSpec, WorkerMain, for_node
 from elastic.config import ClusterConfig, HealthConfig
-from elastic.controller import Controller, Finish, Limits
+from elastic.controller import Controller
 from elastic.driver import Driver
+from elastic.effects import Finish, Limits
 from elastic.faults import Fault
 from elastic.journal import Listener, Recorder
 from elastic.memory_store import MemoryStore

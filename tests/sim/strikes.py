@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from elastic.controller import Phase
+from elastic.effects import Phase
 
 
 @dataclass(slots=True)

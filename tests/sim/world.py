@@ -21,7 +21,8 @@ from links import Comm
 from sim_worker import REPLICATED, GroupKey, Piece, SimWorker, mix, pieces_owned
 from strikes import Strike, new_strike
 
-from elastic.controller import Controller, Event, Finish, Limits, Note, Phase, Send, Tick
+from elastic.controller import Controller
+from elastic.effects import Event, Finish, Limits, Note, Phase, Send, Tick
 from elastic.messages import (
     Adopt,
     AgentMessage,

@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from elastic.controller import (
-    Controller,
-    Effect,
-    Event,
-    Finish,
-    Limits,
-    Note,
-    Send,
-    StopRequested,
-    Tick,
-)
+from elastic.controller import Controller
+from elastic.effects import Effect, Event, Finish, Limits, Note, Send, StopRequested, Tick
 from elastic.messages import (
     Adopt,
     AgentRecord,

@@ -13,17 +13,8 @@ from pathlib import Path
 import pytest
 from scenes import LIMITS, Stage, committed, failure_of, job_shape, prepared
 
-from elastic.controller import (
-    _TABLE,
-    Event,
-    Finish,
-    Note,
-    Phase,
-    ProtocolError,
-    Send,
-    StopRequested,
-    Tick,
-)
+from elastic.controller import _TABLE, ProtocolError
+from elastic.effects import Event, Finish, Note, Phase, Send, StopRequested, Tick
 from elastic.messages import (
     AgentRecord,
     Failed,

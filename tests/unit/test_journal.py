@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from scenes import Stage, committed, job_shape, step_done
 
-from elastic.controller import Finish, Note
+from elastic.effects import Finish, Note
 from elastic.journal import Recorder
 from elastic.messages import AgentRecord, NodeProgress
 

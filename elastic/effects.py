@@ -1,0 +1,86 @@
+"""What goes into the controller and what comes out of it, as values.
+
+Events are messages from the store, the passing of time, and a person's wish. Effects are what the
+driver must do: write to the store, write to the journal, end the job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from elastic.messages import (
+    Adopt,
+    AgentRecord,
+    Failed,
+    Fence,
+    NodeProgress,
+    NodeReport,
+    Quiesce,
+    Stop,
+)
+
+
+class Phase(StrEnum):
+    """Phases of the controller's machine; `elastic.controller` describes them."""
+
+    QUIESCING = "quiescing"
+    REBUILDING = "rebuilding"
+    RESHARDING = "resharding"
+    RESUMING = "resuming"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    HALTED = "halted"
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """A person wants the job to end."""
+
+    reason: str
+
+
+Event = AgentRecord | Failed | NodeReport | NodeProgress | Tick | StopRequested
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Effect: an entry of the journal."""
+
+    event: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Effect: write a message to the store under the key that belongs to it."""
+
+    message: Quiesce | Adopt | Fence | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Effect: the job is over."""
+
+    outcome: str
+    reason: str
+
+
+Effect = Note | Send | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Deadlines in seconds, and after how many generations the job gives up."""
+
+    spawn_timeout_seconds: float
+    quiesce_timeout_seconds: float
+    corroboration_seconds: float
+    max_recoveries: int
