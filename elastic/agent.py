@@ -123,29 +123,35 @@ class Agent:
         self._answers = _Answers()
         self._outbox: asyncio.Queue[StoreMessage] = asyncio.Queue()
         self._notes: list[WorkerMessage] = []
-        self._decoder = msgspec.json.Decoder(WorkerMessage)
+        self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
         self._rendezvous_address = ""
+        self._broken: asyncio.Future[None] | None = None
         self._changes = store.watch(job_prefix(spec.job))
 
     async def run(self) -> None:
         """Serve the node until the controller says stop. Kills its processes however it ends."""
         loop = asyncio.get_running_loop()
-        # In a thread, as the fork server's imports take seconds.
-        await loop.run_in_executor(None, self._spawner.warm_up)
         rendezvous = RendezvousServer()
         self._rendezvous_address = await rendezvous.start(self._spec.host)
         lease = await self._store.lease(self._spec.health.lease_seconds)
-        tasks = [
+        self._broken = loop.create_future()
+        tasks: list[asyncio.Future[None]] = [
+            self._broken,
             asyncio.create_task(self._keep_alive(lease)),
             asyncio.create_task(self._write(lease)),
+            asyncio.create_task(self._listen(self._changes)),
         ]
         try:
-            for device in self._devices:
-                self._spawn(device)
-            listening = asyncio.create_task(self._listen(self._changes))
-            tasks.append(listening)
-            # A helper task that dies takes the agent down with its error.
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            # In a thread, as the fork server's imports take seconds.
+            warm = loop.run_in_executor(None, self._spawner.warm_up)
+            await asyncio.wait([warm, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            if not any(task.done() for task in tasks):
+                warm.result()
+                for device in self._devices:
+                    self._spawn(device)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            warm.add_done_callback(lambda future: future.exception())
+            # Any of them that fails takes the agent down with its error.
             for task in tasks:
                 if task.done():
                     task.result()
@@ -184,7 +190,7 @@ class Agent:
         return path.startswith(("commands/", "plan/")) or (heals and path.startswith("progress/"))
 
     def _tell(self, message: AgentMessage) -> None:
-        encoded = msgspec.json.encode(message)
+        encoded = msgspec.msgpack.encode(message)
         for process in self._running():
             if process.ready:
                 # A process that died meanwhile is noticed by its sentinel.
@@ -241,8 +247,16 @@ class Agent:
         process = _Process(member, child, log)
         state.process = process
         loop = asyncio.get_running_loop()
-        loop.add_reader(child.connection.fileno(), self._hear, process)
-        loop.add_reader(child.process.sentinel, self._ended, process)
+        loop.add_reader(child.connection.fileno(), self._guarded, self._hear, process)
+        loop.add_reader(child.process.sentinel, self._guarded, self._ended, process)
+
+    def _guarded(self, callback: Callable[[_Process], None], process: _Process) -> None:
+        """Call back from the event loop, which would only log an error; ours ends the agent."""
+        try:
+            callback(process)
+        except Exception as error:
+            if self._broken is not None and not self._broken.done():
+                self._broken.set_exception(error)
 
     def _hear(self, process: _Process) -> None:
         """Take what the worker wrote; called when its line is readable."""
@@ -309,9 +323,9 @@ class Agent:
             loop.remove_reader(child.process.sentinel)
         for child in children:
             child.kill()
+            child.connection.close()
         for child in children:
             child.process.join()
-            child.connection.close()
 
     # To the store, in order, by one task.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -27,7 +28,7 @@ class AgentLink:
         self._connection = connection
         self._inbox: queue.SimpleQueue[AgentMessage] = queue.SimpleQueue()
         self._sending = threading.Lock()
-        self._decoder = msgspec.json.Decoder(AgentMessage)
+        self._decoder = msgspec.msgpack.Decoder(AgentMessage)
 
     def start(self, on_message: Callable[[AgentMessage], None]) -> None:
         """Begin to read."""
@@ -38,7 +39,7 @@ class AgentLink:
 
     def send(self, message: WorkerMessage) -> None:
         """Tell the agent; returns once the kernel has the bytes, so they survive this process."""
-        encoded = msgspec.json.encode(message)
+        encoded = msgspec.msgpack.encode(message)
         with self._sending:
             self._connection.send_bytes(encoded)
 
@@ -50,7 +51,12 @@ class AgentLink:
         while True:
             try:
                 message = self._decoder.decode(self._connection.recv_bytes())
-            except (EOFError, OSError):
+            except (EOFError, OSError, msgspec.DecodeError):
                 os._exit(1)
-            on_message(message)
+            try:
+                on_message(message)
+            except BaseException:
+                # A worker that no longer hears its agent must not live on.
+                traceback.print_exc()
+                os._exit(1)
             self._inbox.put(message)

@@ -28,13 +28,13 @@ def job_prefix(job: str) -> str:
 
 
 def encode(message: StoreMessage) -> bytes:
-    """The value of a key."""
-    return msgspec.json.encode(message)
+    """The value of a key. Not JSON, which has no number for a loss that is not finite."""
+    return msgspec.msgpack.encode(message)
 
 
 def decode(value: bytes) -> StoreMessage:
     """Inverse of `encode`. Raises msgspec.ValidationError for a foreign value."""
-    return msgspec.json.decode(value, type=StoreMessage)  # type: ignore[no-any-return]
+    return msgspec.msgpack.decode(value, type=StoreMessage)  # type: ignore[no-any-return]
 
 
 def _path(message: StoreMessage) -> str:

@@ -119,6 +119,8 @@ class _Panel:
 
     def _grid(self) -> Table:
         grid = Table.grid(padding=(0, 2))
+        if not self._generation:
+            return grid
         for replica in range(self._replicas):
             cells = [Text(f"replica {replica}", style="dim")]
             active = 0

@@ -11,6 +11,7 @@ import asyncio
 import os
 import signal
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from elastic.spawn import Spawner
 from elastic.topology import DeviceId
 
 LOOPBACK = "127.0.0.1"
+AGENT_STOP_SECONDS = 10.0
+"""How long agents may take to end their processes after the controller's stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Ended:
 
 
 def run_local(run: LocalRun, listener: Listener) -> Ended:
-    """Run to the end; SIGINT and SIGTERM end the job as interrupted."""
+    """Run to the end; SIGINT, SIGTERM and SIGHUP end the job as interrupted."""
     # Workers inherit this; more threads than cores would slow every one of them.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return asyncio.run(_run(run, listener))
@@ -96,12 +99,17 @@ async def _run(run: LocalRun, listener: Listener) -> Ended:
     nodes = sorted({device.node for device in devices})
     agents = [Agent(for_node(template, node, devices), store, spawner) for node in nodes]
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         name = signal.Signals(number).name
         loop.add_signal_handler(number, driver.stop, f"the launcher received {name}")
     ended = Finish("failed", "the launcher failed")
     try:
         ended = await _drive(driver, agents)
+    except Exception as error:
+        # The run's files must be finished, and say why, also when the launcher itself is wrong.
+        traceback.print_exc()
+        ended = Finish("failed", f"{type(error).__name__}: {error}")
+        recorder.observe(time.time(), ended)
     finally:
         await loop.run_in_executor(None, spawner.close)
         summary = recorder.close(ended.outcome)
@@ -121,7 +129,7 @@ async def _drive(driver: Driver, agents: list[Agent]) -> Finish:
     finally:
         # Agents end by themselves on the controller's stop; cancelling covers every other way.
         if driving.done() and not driving.cancelled() and driving.exception() is None:
-            await asyncio.wait(serving, timeout=10)
+            await asyncio.wait(serving, timeout=AGENT_STOP_SECONDS)
         tasks: list[asyncio.Task[Any]] = [driving, *serving]
         for task in tasks:
             task.cancel()

@@ -44,7 +44,9 @@ class Child:
         return self.process.pid
 
     def kill(self) -> None:
-        """SIGKILL to the whole process group; does nothing once it is gone."""
+        """SIGKILL to the process, and to its group, which a new one may not lead yet."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -58,13 +60,22 @@ class Spawner:
 
     def warm_up(self) -> None:
         """Wait until the fork server has done its imports; the first of several callers waits."""
-        child = self.start(_nothing, Path(os.devnull))
+        # The server inherits the mask: a Ctrl-C in the terminal must not reach its imports.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            child = self.start(_nothing, Path(os.devnull))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         child.process.join()
         child.connection.close()
 
     def close(self) -> None:
         """End the fork server and wait for it. Its children must have ended."""
-        # The one way to end them before the interpreter exits, though not a public one.
+        # The one way to end them before the interpreter exits, though not a public one. The server
+        # may still be busy with its imports.
+        pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
         resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 

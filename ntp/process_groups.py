@@ -69,17 +69,14 @@ class Communicator:
         self.severed = False
         self._sockets = list(sockets)
 
-    @property
-    def is_gloo(self) -> bool:
-        """Whether gloo serves this group."""
-        return isinstance(self.group, dist.ProcessGroupGloo)
-
     def sever(self) -> None:
         """End operations with an error, here and on peers that wait for this rank. Idempotent."""
         self.severed = True
-        if not self.is_gloo:
-            self.group.abort()
-        for connection in self._sockets:
+        # Another thread may be closing this communicator.
+        group, sockets = self.group, self._sockets
+        if group is not None and not isinstance(group, dist.ProcessGroupGloo):
+            group.abort()
+        for connection in sockets:
             try:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:

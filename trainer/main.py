@@ -73,11 +73,11 @@ def compare(
     """
     from rich.console import Console
 
-    from elastic.compare import CompareError, compare_runs, render
+    from elastic.compare import compare_runs, render
 
     try:
         comparison = compare_runs(run_a, run_b, tolerance)
-    except CompareError as error:
+    except ValueError as error:
         _refuse(str(error))
     Console().print(render(comparison))
     raise typer.Exit(0 if comparison.equal else 1)
@@ -154,7 +154,7 @@ def _launch(
             seed=config.train.seed,
         )
         claim(run_dir, replace=replace)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _refuse(str(error))
     dumped = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     (run_dir / "config.yaml").write_text(dumped)

@@ -48,7 +48,7 @@ class Process:
         self.say(Ready(spec.member))
 
     def say(self, message: WorkerMessage) -> None:
-        self.line.send_bytes(msgspec.json.encode(message))
+        self.line.send_bytes(msgspec.msgpack.encode(message))
 
     def kill(self) -> None:
         if self.exitcode is None:
