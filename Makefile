@@ -23,10 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Train through a failure and a return, and check the result
 	$(BIN)/everstep demo
 
-test: $(STAMP) ## Run the tests, without the chaos tests
+test: $(STAMP) ## Run the tests, with a sample of killed workers
 	$(BIN)/python -m pytest -q
 
-chaos: $(STAMP) ## Run the tests that kill processes at random (minutes)
+chaos: $(STAMP) ## Kill each of eight workers in each phase of a step (minutes)
 	$(BIN)/python -m pytest -q -m chaos tests/chaos
 
 check: $(STAMP) ## Check formatting, lint, types and the direction of imports

@@ -178,7 +178,8 @@ class Agent:
                     self._fence(fence)
                 case NodeProgress() as progress:
                     self._heal(progress)
-                case Stop():
+                case Stop() as stop:
+                    self._tell(stop)
                     return
                 case _:
                     continue
@@ -343,6 +344,7 @@ class Agent:
                 fired.fault if fired else None,
                 fired.at if fired else None,
                 fired.phase if fired else None,
+                fired.step if fired else None,
             )
         )
 

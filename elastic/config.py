@@ -12,10 +12,10 @@ because a device that nobody planned for is either a mistake or a spare, and a s
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Settings(BaseModel):
@@ -39,7 +39,8 @@ class ClusterConfig(Settings):
     spare_devices: int = Field(
         default=0,
         ge=0,
-        description="Devices of the whole cluster that hold no slot and wait idle for a failure.",
+        description="Devices of the whole cluster that hold no slot. They stay idle: plans do not "
+        "use spares yet.",
     )
 
     @property
@@ -82,7 +83,10 @@ class HealthConfig(Settings):
         "device is given up for the run.",
     )
     lease_seconds: float = Field(
-        default=5.0, gt=0, description="Seconds after which a silent agent's node counts as lost."
+        default=5.0,
+        gt=0,
+        description="Seconds that an agent's record in the store outlives it. Nothing reacts to "
+        "its end yet: in a one-machine run agents live and die with the launcher.",
     )
     corroboration_seconds: float = Field(
         default=1.0,
@@ -93,7 +97,8 @@ class HealthConfig(Settings):
     quiesce_timeout_seconds: float = Field(
         default=30.0,
         gt=0,
-        description="Seconds the survivors of a failure may take to stop at a step boundary.",
+        description="Seconds the survivors of a failure may take to stop at a step boundary; must "
+        "be longer than a step. Whoever takes longer is killed.",
     )
     rebuild_timeout_seconds: float = Field(
         default=10.0,
@@ -110,6 +115,22 @@ class HealthConfig(Settings):
         ge=0,
         description="Generations after the first that one run may need; one more halts the job.",
     )
+    max_fruitless_recoveries: int = Field(
+        default=20,
+        gt=0,
+        description="Generations in a row that may pass without a committed step; one more halts "
+        "the job, as whatever fails would fail again.",
+    )
+
+    @model_validator(mode="after")
+    def _deadlines_are_nested(self) -> Self:
+        if self.quiesce_timeout_seconds <= self.rebuild_timeout_seconds:
+            raise ValueError(
+                f"health.quiesce_timeout_seconds: {self.quiesce_timeout_seconds:g} must be above "
+                f"health.rebuild_timeout_seconds ({self.rebuild_timeout_seconds:g}), or a survivor "
+                "that waits for a dead peer in a rebuild is killed as silent"
+            )
+        return self
 
 
 class StoreConfig(Settings):

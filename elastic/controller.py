@@ -88,7 +88,8 @@ class Controller:
         self._shape = shape
         self._limits = limits
         self._members = Membership(home_devices(shape, devices))
-        self._urgent = True
+        self._fruitless = 0
+        self._progress_at_announcement = -1
         self._answers: dict[Member, Quiesced] = {}
         self._awaited = _Awaited(deadline=now + limits.spawn_timeout_seconds)
         self._phases_done: dict[RecoveryPhase, dict[Member, float]] = {}
@@ -144,9 +145,11 @@ class Controller:
                     "fault_at": event.fault_at,
                     "fault_phase": event.fault_phase,
                     "phase": self.phase,
-                    "at_step": self._step_in_flight(),
+                    "at_step": (
+                        self._step_in_flight() if event.fault_step is None else event.fault_step
+                    ),
                     "placed": placed,
-                    "generation": self.generation,
+                    "generation": max(self.plans, default=0),
                 },
             )
         ]
@@ -250,14 +253,24 @@ class Controller:
                 f"{cause}, after {self._limits.max_recoveries} recoveries; "
                 "raise health.max_recoveries to go on"
             )
+        progress = max(self.committed.values(), default=-1)
+        stuck = urgent and progress == self._progress_at_announcement
+        self._fruitless = self._fruitless + 1 if stuck else 0
+        self._progress_at_announcement = progress
+        if self._fruitless > self._limits.max_fruitless_recoveries:
+            return self._halt(
+                f"{cause}, after {self._limits.max_fruitless_recoveries} recoveries in a row "
+                "without a committed step; the journal and the workers' logs say what fails again"
+            )
         alive = set(self._members.workers().values())
         placed = self._placed()
         self.phase = Phase.QUIESCING
-        self._urgent = urgent
         self._answers = {}
         self._phases_done = {}
         self._suspicion = None
-        self._awaited = _Awaited(placed & alive, now + self._limits.quiesce_timeout_seconds)
+        limits = self._limits
+        patience = limits.quiesce_timeout_seconds if urgent else limits.pause_timeout_seconds
+        self._awaited = _Awaited(placed & alive, now + patience)
         reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
         quiesce = Quiesce(self.generation, urgent, tuple(sorted(placed - alive)), reason)
         fields = {

@@ -78,9 +78,15 @@ Effect = Note | Send | Finish
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Deadlines in seconds, and after how many generations the job gives up."""
+    """Deadlines in seconds, and after how many generations the job gives up.
+
+    `pause_timeout_seconds` bounds a quiesce that waits for the step in flight;
+    `max_fruitless_recoveries` counts generations in a row that committed nothing.
+    """
 
     spawn_timeout_seconds: float
     quiesce_timeout_seconds: float
+    pause_timeout_seconds: float
     corroboration_seconds: float
     max_recoveries: int
+    max_fruitless_recoveries: int

@@ -104,7 +104,7 @@ class Fault:
     Attributes:
         id: number of the entry in its file, from 1.
         at_step: step in which it strikes, from 0; None when `at_seconds` is given.
-        at_seconds: seconds after the first step began; None when `at_step` is given.
+        at_seconds: seconds after the launcher started; None when `at_step` is given.
         phase: part of the step in which it strikes; None: any, as early as
             possible.
         target: whom it strikes.

@@ -38,7 +38,10 @@ STEP_FIELDS = (
 
 
 class Recorder:
-    """Writes the files of one run. `close` finishes them and returns the summary."""
+    """Writes the files of one run. `close` finishes them and returns the summary.
+
+    `injected` are the faults that struck.
+    """
 
     def __init__(
         self, run_dir: Path, job: str, plans: Mapping[int, Plan], listener: Listener
@@ -49,6 +52,7 @@ class Recorder:
         self._step_log = StepLog(plans)
         self._journal: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
+        self.injected: set[int] = set()
         self._ready: dict[int, tuple[str, ...]] = {}
         self._journal_file = _open(run_dir / "journal.jsonl")
         self._steps_file = _open(run_dir / "steps.jsonl")
@@ -78,6 +82,8 @@ class Recorder:
         entry = msgspec.json.decode(msgspec.json.encode({"at": at, "event": event, **fields}))
         self._journal.append(entry)
         _write_line(self._journal_file, entry)
+        if event == "fault_injected":
+            self.injected.add(entry["fault"])
         self._listener(event, entry)
 
     def close(self, outcome: str) -> dict[str, Any]:

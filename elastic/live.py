@@ -154,6 +154,8 @@ def describe(event: str, fields: Mapping[str, Any]) -> str | None:
             return f"REPLICAS DIFFER after step {fields['step']}: {fields['digests']}"
         case "non_finite":
             return f"step {fields['step']}: loss or gradients are not finite, update skipped"
+        case "fault_not_injected":
+            return f"fault {fields['fault']} never struck: nobody was in its place in time"
         case "halt":
             return f"halted: {fields['reason']}"
         case "finish":

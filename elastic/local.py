@@ -112,6 +112,9 @@ async def _run(run: LocalRun, listener: Listener) -> Ended:
         recorder.observe(time.time(), ended)
     finally:
         await loop.run_in_executor(None, spawner.close)
+        for fault in run.faults:
+            if fault.id not in recorder.injected:
+                recorder.note(time.time(), "fault_not_injected", {"fault": fault.id})
         summary = recorder.close(ended.outcome)
     return Ended(ended.outcome, ended.reason, summary)
 
@@ -140,6 +143,8 @@ def _limits(health: HealthConfig) -> Limits:
     return Limits(
         spawn_timeout_seconds=health.spawn_timeout_seconds,
         quiesce_timeout_seconds=health.quiesce_timeout_seconds,
+        pause_timeout_seconds=health.collective_timeout_seconds + health.quiesce_timeout_seconds,
         corroboration_seconds=health.corroboration_seconds,
         max_recoveries=health.max_recoveries,
+        max_fruitless_recoveries=health.max_fruitless_recoveries,
     )

@@ -45,6 +45,6 @@ class Membership:
 
     @property
     def rendezvous(self) -> str:
-        """host:port of the torch store to use: that of the first node with a ready worker."""
+        """host:port of the rendezvous store to use: that of the first node with a ready worker."""
         nodes = sorted({device.node for device in self._ready} & set(self._rendezvous))
         return self._rendezvous[nodes[0]] if nodes else ""

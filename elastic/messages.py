@@ -136,13 +136,14 @@ class AgentRecord(msgspec.Struct, frozen=True, tag=True):
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """Agent: a worker failed and is fenced (its process group is dead). Key ``events/<id>``.
 
-    `fault` and `fault_at` tell of the injected fault that caused it, where one did.
+    The other fields tell of the injected fault that caused it, where one did.
     """
 
     failure: FailureEvent
     fault: int | None
     fault_at: float | None
     fault_phase: str | None
+    fault_step: int | None = None
 
 
 class NodeReport(msgspec.Struct, frozen=True, tag=True):

@@ -47,7 +47,7 @@ class Plan:
     replicas whose tensor-parallel communicator goes on. `batch_split` is samples per replica, in
     the layout's order. `resume_step` is the first step of the generation; survivors that have not
     committed the step before it apply that with `apply_vote`. `redone`: work on `resume_step` had
-    begun and is dropped. `rendezvous` is host:port of the torch store.
+    begun and is dropped. `rendezvous` is host:port of the store to meet in.
     """
 
     generation: int
@@ -69,19 +69,26 @@ class Plan:
 
     def __post_init__(self) -> None:
         slots = tuple(assignment.coordinate.slot_ref for assignment in self.placement)
-        assert slots == self.layout.slots(), "placement and layout name different slots"
         members = {assignment.member for assignment in self.placement}
-        assert len(members) == len(self.placement), "a worker is placed twice"
-        assert len(self.batch_split) == len(self.layout.replicas), (
-            "one share of the batch a replica"
-        )
-        assert all(share > 0 for share in self.batch_split), "every replica has samples"
-        assert (self.source_layout is None) == (self.source_generation == 0)
-        assert self.resume_step >= 0 and self.generation >= 1
         replicas = {replica.replica for replica in self.layout.replicas}
-        assert set(self.kept_tensor_groups) <= replicas, "a kept group belongs to no replica"
-        assert all(rank < len(slots) for group in self.groups for rank in group.ranks)
-        assert self.groups[0].axis is GroupAxis.WORLD
+        conditions = {
+            "placement and layout name the same slots": slots == self.layout.slots(),
+            "no worker is placed twice": len(members) == len(self.placement),
+            "each replica has a share of the batch": len(self.batch_split) == len(replicas)
+            and all(share > 0 for share in self.batch_split),
+            "state has a source exactly if it is not initialised": (self.source_layout is None)
+            == (self.source_generation == 0),
+            "steps count from 0 and generations from 1": self.resume_step >= 0
+            and self.generation >= 1,
+            "kept groups belong to replicas": set(self.kept_tensor_groups) <= replicas,
+            "groups have members that are placed": all(
+                rank < len(slots) for group in self.groups for rank in group.ranks
+            ),
+            "the world comes first": self.groups[0].axis is GroupAxis.WORLD,
+        }
+        broken = [condition for condition, holds in conditions.items() if not holds]
+        if broken:
+            raise ValueError(f"plan {self.generation} breaks: {'; '.join(broken)}")
 
     @property
     def digest(self) -> str:

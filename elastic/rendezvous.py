@@ -91,12 +91,30 @@ class RendezvousServer:
                 while True:
                     (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
                     request = self._decoder.decode(await reader.readexactly(size))
-                    writer.write(frame(Value(await self._answer(request))))
+                    if isinstance(request, Await):
+                        await self._until_written(request.key, reader)
+                    writer.write(frame(Value(self._answer(request))))
         finally:
             self._connections.discard(task)
             writer.close()
 
-    async def _answer(self, request: Request) -> bytes:
+    async def _until_written(self, key: str, reader: asyncio.StreamReader) -> None:
+        """Return once `key` exists. Raises ConnectionError when the client is gone before that."""
+        if key in self._values:
+            return
+        written = asyncio.create_task(self._written[key].wait())
+        # A client that waits for an answer sends nothing, so all it can do is hang up.
+        hung_up = asyncio.create_task(reader.read(1))
+        try:
+            await asyncio.wait([written, hung_up], return_when=asyncio.FIRST_COMPLETED)
+            if not written.done():
+                raise ConnectionError("the client hung up")
+        finally:
+            written.cancel()
+            hung_up.cancel()
+            await asyncio.gather(written, hung_up, return_exceptions=True)
+
+    def _answer(self, request: Request) -> bytes:
         match request:
             case Put(key, value):
                 self._write(key, value)
@@ -105,8 +123,6 @@ class RendezvousServer:
                 self._write(key, str(int(self._values.get(key, b"0")) + amount).encode())
                 return self._values[key]
             case Await(key):
-                if key not in self._values:
-                    await self._written[key].wait()
                 return self._values[key]
             case Has(key):
                 return b"1" if key in self._values else b""

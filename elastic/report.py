@@ -29,5 +29,6 @@ def recovery_table(summary: Mapping[str, Any], comparison: Comparison) -> Table:
     same = comparison.first_sample_step is None
     table.add_row("same samples in every step", "yes" if same else "no")
     equal = summary["replicas_bitwise_equal"]
-    table.add_row("replicas bitwise equal after every step", "yes" if equal else "no")
+    words = {True: "yes", False: "no", None: "not computed"}
+    table.add_row("replicas bitwise equal after every step", words[equal])
     return table

@@ -1,7 +1,7 @@
 """Processes that can start in milliseconds and cannot outlive their agent.
 
 torch and megatron-core take seconds to import. A fork server (multiprocessing's) imports them once
-per agent and forks every worker from there, so that eight workers cost one import, and a
+per launcher and forks every worker from there, so that eight workers cost one import, and a
 replacement is running before its generation is planned. Nothing in the server has touched an
 accelerator or started a thread when it forks.
 

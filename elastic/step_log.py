@@ -80,7 +80,8 @@ class StepLog:
         at = max(report.at for report in reports)
         since = self._previous_at or min(report.started_at for report in reports)
         self._previous_at = at
-        first = reports[0]
+        # A rank that died may have reported an attempt that was dropped and redone.
+        first = next(report for report in reports if report.generation == generation)
         digests = _replica_digests(plan, reports)
         return StepLine(
             step=step,

@@ -203,18 +203,21 @@ class Worker:
         store = RendezvousStore(plan.rendezvous, self.groups.build_timeout_seconds)
         self._rendezvous = store
         # From here on the link's thread can end a wait for the store; it may have tried before.
-        self.check()
-        self.groups.adopt(
-            plan.groups,
-            [str(assignment.member) for assignment in plan.placement],
-            rank,
-            plan.generation,
-            store,
-            frozenset((GroupAxis.TENSOR, replica) for replica in plan.kept_tensor_groups),
-        )
+        try:
+            self.check()
+            self.groups.adopt(
+                plan.groups,
+                [str(assignment.member) for assignment in plan.placement],
+                rank,
+                plan.generation,
+                store,
+                frozenset((GroupAxis.TENSOR, replica) for replica in plan.kept_tensor_groups),
+            )
+        finally:
+            self._rendezvous = None
+            store.close()
         self.check()
         self._compare_digests(plan)
-        store.close()
         self._done(RecoveryPhase.REBUILD)
         trainable.reshard(plan, ranks, slot)
         self._pending_generation = plan.generation
@@ -272,8 +275,9 @@ class Worker:
             self._quiesce = message
             if message.urgent:
                 self.groups.sever(keep=self._keepable(message.lost))
-                if self._rendezvous is not None:
-                    self._rendezvous.sever()
+                rendezvous = self._rendezvous
+                if rendezvous is not None:
+                    rendezvous.sever()
 
     def _keepable(self, lost: tuple[Member, ...] = ()) -> frozenset[GroupKey]:
         """This worker's tensor-parallel group, unless it lost a member."""

@@ -17,7 +17,7 @@ store prefix that carries the generation, in one order on all ranks, with an exp
 
 Small all-reduces over gloo do not use gloo's ring, whose 2(n-1) dependent rounds cost milliseconds
 each on a busy host: the first rank adds what the others send it, in rank order, and returns the
-sum. That is also why a sum does not depend on how a tensor was cut.
+sum.
 """
 
 from __future__ import annotations

@@ -332,8 +332,8 @@ def _explain(detail: ErrorDetails) -> Iterator[str]:
     """Turn one of pydantic's errors into readable lines."""
     name = ".".join(str(part) for part in detail["loc"])
     match detail["type"]:
-        case "value_error" if not name:
-            # The cross checks of RunConfig: its lines name their settings themselves.
+        case "value_error" if "." not in name:
+            # Cross checks of a group or of the whole: their lines name the settings themselves.
             yield from str(detail["ctx"]["error"]).splitlines()
         case "extra_forbidden":
             yield f"{name}: no such setting; did you mean {_nearest(name)}?"

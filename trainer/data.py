@@ -12,6 +12,7 @@ text that are on every machine. It differs between versions of Python; a run's w
 from __future__ import annotations
 
 import glob
+import hashlib
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class ByteCorpus:
     def __len__(self) -> int:
         """Size in bytes."""
         return int(self.data.size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Size and digest of the corpus; every worker of a job must have the same."""
+        return f"{len(self)} bytes, {hashlib.blake2b(self.data.data, digest_size=8).hexdigest()}"
 
     def window(self, offset: int, length: int) -> npt.NDArray[np.uint8]:
         """View of `length` bytes from byte `offset` on.

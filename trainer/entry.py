@@ -1,10 +1,23 @@
-"""Entry of a worker process; importing this file loads no torch."""
+"""Entry of a worker process, and what the launcher tells it; importing this file loads no torch."""
 
 from __future__ import annotations
 
 from multiprocessing.connection import Connection
 
 from elastic.agent import WorkerSpec
+from elastic.config import Settings
+from trainer.config import RunConfig
+
+
+class Payload(Settings):
+    """The trainer's part of a worker's specification.
+
+    `corpus` is the fingerprint of the data that the launcher found: a worker that reads something
+    else, because files changed meanwhile, must not take part.
+    """
+
+    config: RunConfig
+    corpus: str
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:

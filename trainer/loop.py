@@ -16,21 +16,29 @@ from torch import Tensor, nn
 
 from elastic.agent import WorkerSpec
 from elastic.agent_link import AgentLink
+from elastic.config import ClusterConfig
 from elastic.fault_hook import FaultHook
 from elastic.faults import FaultPhase
+from elastic.topology import DeviceId
 from elastic.worker import StepAborted, Worker
 from ntp.process_groups import Link, ProcessGroups, is_connection_error
 from trainer.batch import BatchSplit, combine, replica_samples, sample_digest, sample_offsets
 from trainer.config import RunConfig
 from trainer.data import ByteCorpus, load_corpus
+from trainer.entry import Payload
 from trainer.training import Training, Vote
+
+
+class CorpusChanged(RuntimeError):
+    """A worker found other data than the launcher did."""
 
 
 def run_worker(connection: Connection, spec: WorkerSpec) -> None:
     """Main function of a worker process; returns when the controller ends the job."""
     torch.set_num_threads(1)
-    config = RunConfig.model_validate_json(spec.payload)
-    device = _device(spec.member.device.index)
+    payload = Payload.model_validate_json(spec.payload)
+    config = payload.config
+    device = _device(spec.member.device, config.cluster)
     backend = "nccl" if device.type == "cuda" else "gloo"
     groups = ProcessGroups(
         Link(
@@ -42,6 +50,11 @@ def run_worker(connection: Connection, spec: WorkerSpec) -> None:
     )
     worker = Worker(spec.member, AgentLink(connection), groups, device)
     steps = StepLoop(config, worker, spec, device)
+    if steps.corpus.fingerprint != payload.corpus:
+        raise CorpusChanged(
+            f"the data is now {steps.corpus.fingerprint}, but was {payload.corpus} when the job "
+            "started; keep the files of data.path as they are while it runs"
+        )
     worker.start()
     while (plan := worker.await_plan()) is not None:
         try:
@@ -64,7 +77,7 @@ class StepLoop:
         self._train = train
         self._worker = worker
         self._device = device
-        self._corpus: ByteCorpus = load_corpus(
+        self.corpus: ByteCorpus = load_corpus(
             config.data.kind, config.data.path, seq_length=train.seq_length, seed=train.seed
         )
         self._faults = FaultHook(
@@ -119,7 +132,7 @@ class StepLoop:
         """Inputs and labels ``[micro batch, sequence]`` and the samples' digests."""
         train, plan = self._train, self.training.current.plan
         offsets = sample_offsets(
-            train.seed, step, train.global_batch_size, len(self._corpus), train.seq_length
+            train.seed, step, train.global_batch_size, len(self.corpus), train.seq_length
         )
         replicas = [replica.replica for replica in plan.layout.replicas]
         position = replicas.index(self.training.current.slot.replica)
@@ -127,7 +140,7 @@ class StepLoop:
         for start in range(samples.start, samples.stop, train.micro_batch_size):
             indices = range(start, start + train.micro_batch_size)
             windows = [
-                self._corpus.window(int(offsets[index]), train.seq_length + 1) for index in indices
+                self.corpus.window(int(offsets[index]), train.seq_length + 1) for index in indices
             ]
             digests = [
                 sample_digest(index, window.tobytes())
@@ -150,7 +163,8 @@ class StepLoop:
         square = 0.0
         if layout == generation.plan.layout.replicas[0]:
             counted = gradients if speaks else gradients[: shards.sharded]
-            square = torch.linalg.vector_norm(counted, dtype=torch.float64).item() ** 2
+            norm = torch.linalg.vector_norm(counted, dtype=torch.float64).item()
+            square = norm * norm
         upper, lower = combine(digests) if speaks else (0, 0)
         mine = Vote(
             square_norm=square,
@@ -184,8 +198,10 @@ class StepLoop:
         model.faults_armed = True  # type: ignore[assignment]
 
 
-def _device(index: int) -> torch.device:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    return torch.device("cpu")
+def _device(device: DeviceId, cluster: ClusterConfig) -> torch.device:
+    """This worker's accelerator if the machine has one for each of its workers, else the CPU."""
+    if torch.cuda.device_count() < cluster.devices:
+        return torch.device("cpu")
+    index = device.node * cluster.devices_per_node + device.index
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -1,7 +1,8 @@
 """The command line: ``everstep run | compare | demo``.
 
 Exit codes of ``run`` and ``demo``: 0 completed, 2 refused (configuration, faults file, run
-directory), 3 halted, 4 failed, 130 interrupted. ``compare``: 0 equal, 1 different, 2 refused.
+directory), 3 halted, 4 failed, 130 interrupted; ``demo`` exits with 1 if the failure changed the
+job. ``compare``: 0 equal, 1 different, 2 refused.
 
 Commands import what they need when they run, so that ``--help`` stays quick; nothing on this side
 ever loads torch.
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from trainer.config import RunConfig
 
 EXIT_CODES = {"completed": 0, "halted": 3, "failed": 4, "interrupted": 130}
+DIFFERENT = 1
 REFUSED = 2
+DEMO_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
+"""Largest loss difference to the calm run that rounding explains, by dtype."""
 
 app = typer.Typer(
     name="everstep",
@@ -80,7 +84,7 @@ def compare(
     except ValueError as error:
         _refuse(str(error))
     Console().print(render(comparison))
-    raise typer.Exit(0 if comparison.equal else 1)
+    raise typer.Exit(0 if comparison.equal else DIFFERENT)
 
 
 @app.command()
@@ -107,9 +111,14 @@ def demo(
         if ended[name].outcome != "completed":
             typer.echo(f"{name} {ended[name].outcome}: {ended[name].reason}", err=True)
             raise typer.Exit(EXIT_CODES[ended[name].outcome])
-    comparison = compare_runs(runs / "demo", runs / "demo-reference", tolerance=1.0)
-    Console().print(recovery_table(ended["demo"].summary, comparison))
+    tolerance = DEMO_TOLERANCE[loaded.train.dtype]
+    comparison = compare_runs(runs / "demo", runs / "demo-reference", tolerance)
+    summary = ended["demo"].summary
+    Console().print(recovery_table(summary, comparison))
     typer.echo(f"files are in {runs / 'demo'} and {runs / 'demo-reference'}")
+    if not comparison.equal or summary["lost_steps"] or summary["replicas_bitwise_equal"] is False:
+        typer.echo("the failure changed the job: that is a bug", err=True)
+        raise typer.Exit(DIFFERENT)
 
 
 def main() -> None:
@@ -142,12 +151,12 @@ def _launch(
     from elastic.local import LocalRun, run_local
     from elastic.run_dir import claim
     from trainer.data import load_corpus
-    from trainer.entry import worker_main
+    from trainer.entry import Payload, worker_main
     from trainer.job import job_shape
 
     try:
         # Read here once, so that missing data is refused before any process starts.
-        load_corpus(
+        corpus = load_corpus(
             config.data.kind,
             config.data.path,
             seq_length=config.train.seq_length,
@@ -167,7 +176,7 @@ def _launch(
         run_dir=run_dir,
         worker_main=worker_main,
         preload=("trainer.preload", "trainer.main"),
-        payload=config.model_dump_json(),
+        payload=Payload(config=config, corpus=corpus.fingerprint).model_dump_json(),
     )
     parallel, steps = config.parallel, config.train.steps
     with view(Console(), title, parallel.replicas, parallel.tensor, steps) as listener:

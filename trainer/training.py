@@ -119,7 +119,8 @@ class Training:
         fields = Vote(*vote)
         every = self._config.train.weights_digest_every
         sharded, replicated = None, None
-        if every and (step + 1) % every == 0:
+        last = step == self._config.train.steps - 1
+        if every and (last or (step + 1) % every == 0):
             sharded, replicated = self.current.digest.parts()
         return StepFigures(
             loss=fields.loss_sum / fields.tokens,

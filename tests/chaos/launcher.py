@@ -7,6 +7,7 @@ still has it after the launcher is gone is a leak.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -21,6 +22,7 @@ from typing import IO, Any
 
 import yaml
 
+IN_CREATE = 0x100
 TOKEN = "EVERSTEP_TEST_TOKEN"
 EVERSTEP = Path(sys.executable).with_name("everstep")
 
@@ -105,6 +107,20 @@ def launch(arguments: Sequence[str]) -> Iterator[Launch]:
                 os.kill(pid, signal.SIGKILL)
         process.wait()
         started.output.close()
+
+
+def wait_for_file(path: Path) -> None:
+    """Wait until a file exists, woken by the kernel for each change of the nearest directory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    while not path.exists():
+        nearest = next(parent for parent in path.parents if parent.exists())
+        descriptor = libc.inotify_init1(os.O_CLOEXEC)
+        libc.inotify_add_watch(descriptor, os.fsencode(nearest), IN_CREATE)
+        # Looked at again behind the watch: nothing can be made unseen from here on.
+        now = next(parent for parent in path.parents if parent.exists())
+        if nearest == now and not path.exists():
+            os.read(descriptor, 4096)
+        os.close(descriptor)
 
 
 def carriers(token: str) -> list[int]:

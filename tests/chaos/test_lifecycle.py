@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.chaos.launcher import EVERSTEP, SMALL_JOB, launch, run_job, wait_until_gone
+from tests.chaos.launcher import (
+    EVERSTEP,
+    SMALL_JOB,
+    launch,
+    run_job,
+    wait_for_file,
+    wait_until_gone,
+)
 
 ENDLESS = "train.steps=100000"
 
@@ -37,6 +44,39 @@ def test_ctrl_c_ends_the_run_and_everything_in_it(config: Path, tmp_path: Path) 
         assert started.descendants() == []
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["outcome"] == "interrupted"
+
+
+def test_ctrl_c_in_a_terminal_while_everything_still_imports(config: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with launch(["run", str(config), "--run-dir", str(target)]) as started:
+        wait_for_file(target / "journal.jsonl")
+        # As a terminal does: to everybody in the foreground group.
+        os.killpg(started.process.pid, signal.SIGINT)
+        output = started.output.read()
+        assert started.process.wait() == 130, output
+        assert started.descendants() == []
+    assert "Traceback" not in output
+    assert json.loads((target / "summary.json").read_text())["outcome"] == "interrupted"
+
+
+def test_a_signal_while_workers_are_being_forked(config: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with launch(["run", str(config), "--run-dir", str(target)]) as started:
+        wait_for_file(target / "logs" / "node0-0.1.log")
+        os.kill(started.process.pid, signal.SIGTERM)
+        output = started.output.read()
+        assert started.process.wait() == 130, output
+        assert started.descendants() == []
+
+
+def test_figures_that_are_not_finite_end_nothing(tmp_path: Path) -> None:
+    explode = ["train.steps=4", "train.learning_rate=1e300", "train.min_learning_rate=1e300"]
+    explode += ["train.warmup_steps=0", "train.clip_grad=0"]
+    run = run_job(tmp_path / "job", overrides=explode)
+    assert run.exit_code == 0, run.output
+    assert run.summary["committed_steps"] == 4
+    assert any(step["loss"] is None for step in run.steps)
+    assert any(entry["event"] == "non_finite" for entry in run.journal)
 
 
 def test_workers_die_with_a_killed_launcher(config: Path, tmp_path: Path) -> None:

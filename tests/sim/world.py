@@ -50,8 +50,10 @@ PATIENCE_SECONDS = 600.0
 LIMITS = Limits(
     spawn_timeout_seconds=60.0,
     quiesce_timeout_seconds=6.0,
+    pause_timeout_seconds=9.0,
     corroboration_seconds=1.0,
     max_recoveries=200,
+    max_fruitless_recoveries=50,
 )
 GRIDS = ((2, 2), (2, 2), (3, 2), (2, 3), (4, 2), (1, 3))
 """Tensor-parallel degree and replicas."""

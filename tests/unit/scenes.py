@@ -34,8 +34,10 @@ from ntp.geometry import SlotRef
 LIMITS = Limits(
     spawn_timeout_seconds=60.0,
     quiesce_timeout_seconds=10.0,
+    pause_timeout_seconds=10.0,
     corroboration_seconds=1.0,
     max_recoveries=5,
+    max_fruitless_recoveries=4,
 )
 VOTE = (8.0, 0.0)
 SILENT_FIELDS = {"digest", "slots", "quiesced_at", "done_at", "moved_elements", "detected_at", "id"}

@@ -172,6 +172,10 @@ def test_unknown_settings_name_the_nearest_valid_one(override: str, expected: st
         (("job=My Job",), "job: String should match pattern"),
         (("train=null",), "train: Input should be a valid dictionary"),
         (("health.spawn_timeout_seconds=.inf",), "health.spawn_timeout_seconds: Input should be"),
+        (
+            ("health.quiesce_timeout_seconds=10",),
+            "health.quiesce_timeout_seconds: 10 must be above health.rebuild_timeout_seconds (10)",
+        ),
     ],
 )
 def test_a_problem_names_the_setting_the_numbers_and_the_remedy(

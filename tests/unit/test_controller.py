@@ -17,6 +17,7 @@ from elastic.controller import _TABLE, ProtocolError
 from elastic.effects import Event, Finish, Note, Phase, Send, StopRequested, Tick
 from elastic.messages import (
     AgentRecord,
+    ConnectionLost,
     Failed,
     Fence,
     NodeProgress,
@@ -377,3 +378,16 @@ def test_a_kill_while_the_first_generation_is_adopted_does_not_end_the_job(
     # Nothing was computed yet: whoever is left can be initialised again.
     assert stage.controller.phase is Phase.REBUILDING, stage.lines[-1]
     assert stage.plan.generation == 2 and stage.plan.state_source is StateSource.INITIALIZE
+
+
+def test_recoveries_that_lead_nowhere_end_the_job_with_the_last_cause() -> None:
+    stage = running()
+    for _ in range(LIMITS.max_fruitless_recoveries + 1):
+        broken = ConnectionLost(stage.controller.generation, stage.member(0, 0), "out of luck")
+        stage.handle("a connection is lost", NodeProgress(0, (broken,)))
+        stage.wait(2.0)
+        if stage.controller.phase is Phase.QUIESCING:
+            stage.answers({member: committed(-1) for member in stage.placed})
+    assert stage.controller.phase is Phase.HALTED
+    finish = next(effect for effect in stage.effects if isinstance(effect, Finish))
+    assert "4 recoveries in a row without a committed step" in finish.reason
