@@ -46,6 +46,7 @@ def test_a_stopped_worker_is_fenced_and_nobody_else_is(
         signal.SIGSTOP,
         "health.collective_timeout_seconds=4",
         "health.quiesce_timeout_seconds=4",
+        "health.rebuild_timeout_seconds=3",
         "health.corroboration_seconds=0.2",
     )
     check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=1)
