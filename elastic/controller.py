@@ -50,6 +50,7 @@ from elastic.messages import (
     StepDone,
     Stop,
 )
+from elastic.notes import failure_note, plan_note
 from elastic.plan import NoPlan, Plan
 from elastic.planner import JobShape, Situation, home_devices, plan_generation
 from elastic.topology import DeviceId, Member
@@ -131,26 +132,12 @@ class Controller:
         self._members.remove(member)
         self._awaited.members.discard(member)
         effects: list[Effect] = [
-            Note(
-                "failure",
-                {
-                    "id": failure.id,
-                    "kind": failure.kind,
-                    "severity": failure.severity,
-                    "device": str(failure.device),
-                    "member": str(member),
-                    "evidence": failure.evidence,
-                    "detected_at": failure.at,
-                    "fault": event.fault,
-                    "fault_at": event.fault_at,
-                    "fault_phase": event.fault_phase,
-                    "phase": self.phase,
-                    "at_step": (
-                        self._step_in_flight() if event.fault_step is None else event.fault_step
-                    ),
-                    "placed": placed,
-                    "generation": max(self.plans, default=0),
-                },
+            failure_note(
+                event,
+                phase=self.phase,
+                step_in_flight=self._step_in_flight(),
+                placed=placed,
+                generation=max(self.plans, default=0),
             )
         ]
         if not self.plans:
@@ -262,7 +249,7 @@ class Controller:
                 f"{cause}, after {self._limits.max_fruitless_recoveries} recoveries in a row "
                 "without a committed step; the journal and the workers' logs say what fails again"
             )
-        alive = set(self._members.workers().values())
+        alive = self._members.alive()
         placed = self._placed()
         self.phase = Phase.QUIESCING
         self._answers = {}
@@ -298,7 +285,7 @@ class Controller:
         plan = plan_generation(self._shape, situation)
         if isinstance(plan, NoPlan):
             return self._halt(plan.reason)
-        alive = set(self._members.workers().values())
+        alive = self._members.alive()
         committed = max((self.committed[m] for m in alive & set(self.committed)), default=-1)
         self.plans[self.generation] = plan
         self.phase = Phase.REBUILDING
@@ -309,28 +296,13 @@ class Controller:
             for member, answer in self._answers.items()
             if answer.standing is not None and member in placed
         }
-        fields = {
-            "generation": plan.generation,
-            "action": plan.action,
-            "reason": plan.reason,
-            "resume_step": plan.resume_step,
-            "applies_vote": plan.apply_vote is not None,
-            "redone": plan.redone,
-            "lost_steps": max(0, committed + 1 - plan.resume_step),
-            "degrees": plan.degrees(),
-            "batch_split": plan.batch_split,
-            "kept_tensor_groups": plan.kept_tensor_groups,
-            "moves": len(plan.reshard.moves),
-            "moved_elements": plan.reshard.elements(self._shape.sizes),
-            "slots": {str(a.coordinate): str(a.member) for a in plan.placement},
-            "digest": plan.digest,
-        }
         effects: list[Effect] = [Send(Adopt(plan))]
         if self._answers:
             stopped_at = max(answer.at for answer in self._answers.values())
             quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
             effects.append(Note("phase_done", quiesced))
-        return [*effects, Note("plan", fields)]
+        lost_steps = max(0, committed + 1 - plan.resume_step)
+        return [*effects, plan_note(plan, self._shape.sizes, lost_steps)]
 
     def _phase_done(self, note: PhaseDone) -> list[Effect]:
         done = self._phases_done.setdefault(note.phase, {})

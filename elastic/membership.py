@@ -39,6 +39,10 @@ class Membership:
         found = {self._places[device]: member for device, member in self._ready.items()}
         return dict(sorted(found.items()))
 
+    def alive(self) -> set[Member]:
+        """The ready workers themselves."""
+        return set(self._ready.values())
+
     def missing(self) -> list[DeviceId]:
         """Devices whose place has no ready worker."""
         return [device for device in self._places if device not in self._ready]

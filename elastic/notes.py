@@ -1,0 +1,61 @@
+"""The two entries of the journal that the summary is made from: a failure, and a plan.
+
+Pure. Programs outside read these fields, so they are written in one place.
+"""
+
+from __future__ import annotations
+
+from elastic.effects import Note, Phase
+from elastic.messages import Failed
+from elastic.plan import Plan
+from elastic.topology import Member
+from ntp.atoms import AtomSizes
+
+
+def failure_note(
+    event: Failed, *, phase: Phase, step_in_flight: int, placed: bool, generation: int
+) -> Note:
+    """A failure, met in `phase`; `generation` is that of the newest plan (0: none yet)."""
+    failure = event.failure
+    return Note(
+        "failure",
+        {
+            "id": failure.id,
+            "kind": failure.kind,
+            "severity": failure.severity,
+            "device": str(failure.device),
+            "member": str(Member(failure.device, failure.incarnation)),
+            "evidence": failure.evidence,
+            "detected_at": failure.at,
+            "fault": event.fault,
+            "fault_at": event.fault_at,
+            "fault_phase": event.fault_phase,
+            "phase": phase,
+            "at_step": step_in_flight if event.fault_step is None else event.fault_step,
+            "placed": placed,
+            "generation": generation,
+        },
+    )
+
+
+def plan_note(plan: Plan, sizes: AtomSizes, lost_steps: int) -> Note:
+    """A plan, and how many committed steps it could not keep."""
+    return Note(
+        "plan",
+        {
+            "generation": plan.generation,
+            "action": plan.action,
+            "reason": plan.reason,
+            "resume_step": plan.resume_step,
+            "applies_vote": plan.apply_vote is not None,
+            "redone": plan.redone,
+            "lost_steps": lost_steps,
+            "degrees": plan.degrees(),
+            "batch_split": plan.batch_split,
+            "kept_tensor_groups": plan.kept_tensor_groups,
+            "moves": len(plan.reshard.moves),
+            "moved_elements": plan.reshard.elements(sizes),
+            "slots": {str(a.coordinate): str(a.member) for a in plan.placement},
+            "digest": plan.digest,
+        },
+    )
