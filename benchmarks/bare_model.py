@@ -14,9 +14,9 @@ import math
 import torch
 import torch.distributed as dist
 
-from ntp.atoms import atom_counts, tensor_specs
 from ntp.geometry import ParallelLayout, SlotRef, full_layout
 from ntp.layers import ModelNumerics, bind_parameters, build_model
+from ntp.model_shape import atom_counts, tensor_specs
 from trainer.batch import even_split, replica_samples, sample_offsets
 from trainer.config import RunConfig, model_shape
 from trainer.data import load_corpus

@@ -23,10 +23,11 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from ntp.atoms import Axis, ModelShape
+from ntp.atoms import Axis
 from ntp.geometry import ShardMap
 from ntp.local_shards import LocalShards
 from ntp.megatron_cpu import prepare
+from ntp.model_shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from elastic.config import (
     check_cluster,
     yaml_problem,
 )
-from ntp.atoms import ModelShape
+from ntp.model_shape import ModelShape
 
 BYTE_VALUES: Final = 256
 """Tokens are bytes: the smallest vocabulary that can name them all."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from elastic.planner import JobShape
-from ntp.atoms import atom_counts, atom_elements_by_axis, tensor_specs
+from ntp.atoms import atom_elements_by_axis
+from ntp.model_shape import atom_counts, tensor_specs
 from trainer.config import RunConfig, model_shape
 
 

@@ -17,10 +17,10 @@ from torch import nn
 
 from elastic.plan import Plan, StateSource
 from elastic.worker import StepFigures
-from ntp.atoms import tensor_specs
 from ntp.geometry import SlotRef
 from ntp.grad_sync import GradientSync, SyncGroups
 from ntp.layers import ModelNumerics, bind_parameters, build_model
+from ntp.model_shape import tensor_specs
 from ntp.p2p import ranges_kept, reshard
 from ntp.process_groups import ProcessGroups
 from ntp.sync_plan import plan_sync

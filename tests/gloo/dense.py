@@ -13,9 +13,10 @@ import torch
 from harness import Mismatch
 from torch import Tensor
 
-from ntp.atoms import ModelShape, TensorSpec, atom_counts
+from ntp.atoms import TensorSpec
 from ntp.geometry import ParallelLayout, ReplicaLayout, SlotRef, full_layout, with_active
 from ntp.local_shards import LocalShards
+from ntp.model_shape import ModelShape, atom_counts
 
 SHAPE = ModelShape(
     layers=2,

@@ -15,10 +15,11 @@ from harness import Cluster, Rank
 from planted import plant
 from torch import Tensor
 
-from ntp.atoms import TensorSpec, tensor_specs
+from ntp.atoms import TensorSpec
 from ntp.geometry import ParallelLayout
 from ntp.grad_sync import GradientSync, SyncGroups
 from ntp.local_shards import LocalShards
+from ntp.model_shape import tensor_specs
 from ntp.sync_plan import plan_sync
 
 SPECS = tensor_specs(SHAPE)

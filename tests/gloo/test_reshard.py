@@ -15,8 +15,9 @@ from harness import Cluster, Mismatch, Rank
 from planted import plant
 from torch import Tensor
 
-from ntp.atoms import atom_counts, atom_elements_by_axis, tensor_specs
+from ntp.atoms import atom_elements_by_axis
 from ntp.geometry import ParallelLayout, SlotRef, full_layout, heal, vacate
+from ntp.model_shape import atom_counts, tensor_specs
 from ntp.p2p import ranges_kept, reshard
 from ntp.reshard_plan import ReshardPlan, plan_reshard
 from trainer.shard_state import ShardState

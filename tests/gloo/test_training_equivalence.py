@@ -23,7 +23,8 @@ from elastic.planner import JobShape, Situation, plan_generation
 from elastic.session import Standing
 from elastic.topology import Coordinate, DeviceId, Member
 from elastic.worker import Worker
-from ntp.atoms import atom_counts, atom_elements_by_axis, tensor_specs
+from ntp.atoms import atom_elements_by_axis
+from ntp.model_shape import atom_counts, tensor_specs
 from trainer.config import RunConfig, model_shape
 from trainer.loop import StepLoop
 

@@ -16,10 +16,11 @@ from harness import Cluster, Mismatch, Rank
 from planted import plant
 from torch import Tensor
 
-from ntp.atoms import ModelShape, TensorSpec, tensor_specs
+from ntp.atoms import TensorSpec
 from ntp.geometry import ReplicaLayout, SlotRef
 from ntp.grad_sync import GradientSync, SyncGroups
 from ntp.layers import ModelNumerics, bind_parameters, build_model
+from ntp.model_shape import ModelShape, tensor_specs
 from ntp.sync_plan import plan_sync
 from trainer.shard_state import ShardState
 

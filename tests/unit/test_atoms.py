@@ -6,16 +6,8 @@ from math import prod
 import msgspec
 import pytest
 
-from ntp.atoms import (
-    AtomCounts,
-    AtomSizes,
-    Axis,
-    ModelShape,
-    TensorSpec,
-    atom_counts,
-    atom_elements_by_axis,
-    tensor_specs,
-)
+from ntp.atoms import AtomCounts, AtomSizes, Axis, TensorSpec, atom_elements_by_axis
+from ntp.model_shape import ModelShape, atom_counts, tensor_specs
 
 LLAMA = ModelShape(
     layers=2,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from elastic.config import ClusterConfig, HealthConfig, ParallelConfig, check_cluster
-from ntp.atoms import ModelShape
+from ntp.model_shape import ModelShape
 from trainer.config import ConfigError, RunConfig, load, model_shape
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

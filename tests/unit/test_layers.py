@@ -9,9 +9,10 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import nn
 
-from ntp.atoms import Axis, ModelShape, TensorSpec, atom_counts
+from ntp.atoms import Axis, TensorSpec
 from ntp.geometry import full_layout, with_active
 from ntp.layers import VocabularyCrossEntropy, _local_rows, bind_parameters
+from ntp.model_shape import ModelShape, atom_counts
 from trainer.shard_state import ShardState
 
 SHAPE = ModelShape(1, 8, 4, 4, 2, 11, 37, gated=True, bias=False, tied=False)

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ntp.atoms import Axis, ModelShape, atom_counts, tensor_specs
+from ntp.atoms import Axis
 from ntp.geometry import Range, full_layout, with_active
 from ntp.local_shards import REPLICATED, AtomRange, LocalShards
+from ntp.model_shape import ModelShape, atom_counts, tensor_specs
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=50)
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ntp.atoms import ModelShape, TensorSpec, atom_counts, tensor_specs
+from ntp.atoms import TensorSpec
 from ntp.geometry import ReplicaLayout, full_layout, with_active
+from ntp.model_shape import ModelShape, atom_counts, tensor_specs
 from trainer.optim import Adam, AdamSettings
 from trainer.shard_state import ShardState, initialize
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ntp.atoms import ModelShape, atom_counts, tensor_specs
 from ntp.geometry import ReplicaLayout, full_layout, with_active
+from ntp.model_shape import ModelShape, atom_counts, tensor_specs
 from trainer.shard_state import ShardState, initialize
 from trainer.weights_digest import WeightsDigest
 
