@@ -62,7 +62,7 @@ def compare(connection: Connection, rank: int, size: int, address: str, budget: 
     torch.set_num_threads(1)
     groups = process_groups.ProcessGroups(process_groups.Link("gloo", LOOPBACK, 60.0, 60.0))
     store = RendezvousStore(address, STORE_TIMEOUT_SECONDS)
-    world = GroupSpec(GroupAxis.WORLD, 0, tuple(range(size)))
+    world = GroupSpec(GroupAxis.WORLD, (), tuple(range(size)))
     groups.adopt([world], [str(r) for r in range(size)], rank, 1, store, frozenset())
 
     def seconds(tensor: torch.Tensor, limit: int, repetitions: int) -> float:

@@ -64,22 +64,25 @@ def train(connection: Connection, rank: int, size: int, address: str, payload: s
     )
     store = RendezvousStore(address, STORE_TIMEOUT_SECONDS)
     names = [str(member) for member in range(size)]
-    groups.adopt(plan_groups(layout), names, rank, 1, store, frozenset())
-    model = BareModel(config, slot, groups.tensor)
+    groups.adopt(plan_groups(layout, plan_sync(layout), 1), names, rank, 1, store, frozenset())
+    model = BareModel(config, slot, groups.tensor, lambda name: sync.ready(name))
     sync = GradientSync(
         plan_sync(layout),
+        layout,
         slot,
         {ref: other for other, ref in enumerate(layout.slots())},
         model.state.shards,
         SyncGroups(groups.world, groups.home),
         contributes_replicated=slot.slot == layout.replica(slot.replica).active[0],
+        bucket_bytes=config.train.gradient_bucket_bytes,
     )
     ended_at: list[float] = []
     loss_sums: list[float] = []
     told_at = time.monotonic()
     for step in range(config.train.steps):
+        sync.begin(model.state.gradients, passes=model.passes)
         loss_sums.append(model.compute_gradients(step))
-        sync.run(model.state.gradients)
+        sync.finish()
         model.apply_gradients(step)
         ended_at.append(time.time())
         if rank == 0 and time.monotonic() - told_at > PROGRESS_SECONDS:

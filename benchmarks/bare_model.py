@@ -10,20 +10,22 @@ has the same gradients, so no other group need be asked.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from ntp.geometry import ParallelLayout, SlotRef, full_layout
-from ntp.layers import ModelNumerics, bind_parameters, build_model
+from ntp.layers import bind_parameters, build_chunk
 from ntp.model_shape import atom_counts, tensor_specs
+from ntp.stages import Chunk
 from trainer.batch import even_split, replica_samples, sample_offsets
 from trainer.config import RunConfig, model_shape
 from trainer.data import load_corpus
 from trainer.optim import Adam, AdamSettings
 from trainer.schedule import learning_rate
 from trainer.shard_state import ShardState, initialize
-from trainer.training import DTYPES
+from trainer.training import model_numerics
 
 CPU = torch.device("cpu")
 
@@ -37,27 +39,38 @@ def layout_of(config: RunConfig) -> ParallelLayout:
 class BareModel:
     """State, model, data and optimizer of one slot."""
 
-    def __init__(self, config: RunConfig, slot: SlotRef, tensor_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        slot: SlotRef,
+        tensor_group: dist.ProcessGroup,
+        accumulated: Callable[[str], None] | None = None,
+    ) -> None:
         shape, train = model_shape(config), config.train
-        dtype = DTYPES[train.dtype]
         layout = layout_of(config).replica(slot.replica)
+        numerics = model_numerics(config)
         self._train = train
         self._group = tensor_group
-        self.state = ShardState(tensor_specs(shape), layout, slot.slot, dtype, CPU)
-        initialize(self.state, train.seed, config.model.init_method_std)
-        numerics = ModelNumerics(
-            dtype=dtype,
-            max_sequence_length=train.seq_length,
-            rms_norm=config.model.normalization == "RMSNorm",
-            norm_epsilon=config.model.layernorm_epsilon,
-            rotary_base=config.model.rotary_base,
-            rotary_percent=config.model.rotary_percent,
-            activation=config.model.activation,
+        self.state = ShardState(tensor_specs(shape), layout, slot.slot, numerics.dtype, CPU)
+        initialize(self.state, train.seed, config.model.init_method_std, shape.layers)
+        self._model = build_chunk(
+            shape,
+            numerics,
+            Chunk(0, shape.layers, has_embedding=True, has_output=True),
+            layout.shards,
+            slot.slot,
+            layout.degree,
+            tensor_group,
+            CPU,
         )
-        self._model = build_model(
-            shape, numerics, layout.shards, slot.slot, layout.degree, tensor_group, CPU
+        bind_parameters(
+            [self._model],
+            self.state.shards,
+            self.state.parameters,
+            self.state.gradients,
+            numerics.implementation,
+            accumulated,
         )
-        bind_parameters(self._model, self.state.shards, self.state.parameters, self.state.gradients)
         settings = AdamSettings(
             train.adam_beta1, train.adam_beta2, train.adam_epsilon, train.weight_decay
         )
@@ -72,6 +85,11 @@ class BareModel:
         self._positions = torch.arange(train.seq_length).unsqueeze(0)
         ones = torch.ones(1, 1, train.seq_length, train.seq_length, dtype=torch.bool)
         self._future = torch.triu(ones, diagonal=1)
+
+    @property
+    def passes(self) -> int:
+        """Backward passes of a step."""
+        return -(-len(self._samples) // self._train.micro_batch_size)
 
     def compute_gradients(self, step: int) -> float:
         """Forward and backward of this replica's samples of `step`; returns the sum of losses."""

@@ -55,8 +55,16 @@ class ParallelConfig(Settings):
     tensor: int = Field(
         default=1, ge=1, description="Full tensor-parallel degree (tp_base): slots of a replica."
     )
-    pipeline: int = Field(
-        default=1, ge=1, description="Pipeline stages of a replica; this version supports only 1."
+    pipeline: int = Field(default=1, ge=1, description="Pipeline stages of a replica.")
+    virtual_pipeline: int = Field(
+        default=1,
+        ge=1,
+        description="Chunks of layers on each stage; above 1 the interleaved schedule runs them.",
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Cut the sequence over the slots between the linear layers; its length need "
+        "not divide by the degree.",
     )
     replicas: int = Field(
         default=1, ge=1, description="Data-parallel replicas: complete copies of the model."
@@ -146,14 +154,9 @@ def check_cluster(cluster: ClusterConfig, parallel: ParallelConfig) -> None:
     """Check that the devices of the cluster are exactly those that the job and its spares need.
 
     Raises:
-        ValueError: the numbers do not agree, or pipeline stages are asked for; the message gives
-            every number and the settings that would make them agree.
+        ValueError: the numbers do not agree; the message gives every number and the settings that
+            would make them agree.
     """
-    if parallel.pipeline != 1:
-        raise ValueError(
-            f"parallel.pipeline is {parallel.pipeline}: pipeline stages are not supported in this "
-            "version; set parallel.pipeline to 1 and raise parallel.tensor or parallel.replicas"
-        )
     needed = parallel.devices + cluster.spare_devices
     if cluster.devices == needed:
         return

@@ -50,9 +50,10 @@ from elastic.messages import (
     StepDone,
     Stop,
 )
-from elastic.notes import failure_note, plan_note
+from elastic.notes import failure_note, fault_note, plan_note
+from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan
-from elastic.planner import JobShape, Situation, home_devices, plan_generation
+from elastic.planner import JobShape, Situation, complete_slots, home_devices, plan_generation
 from elastic.topology import DeviceId, Member
 
 
@@ -95,6 +96,7 @@ class Controller:
         self._awaited = _Awaited(deadline=now + limits.spawn_timeout_seconds)
         self._phases_done: dict[RecoveryPhase, dict[Member, float]] = {}
         self._suspicion: _Suspicion | None = None
+        self._pace = PaceLog(self.plans)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event; returns the effects in the order in which they must be performed."""
@@ -112,6 +114,13 @@ class Controller:
         plan = self.plan
         return {assignment.member for assignment in plan.placement} if plan else set()
 
+    def _involved(self) -> set[Member]:
+        """Who must live for the newest plan: until it runs, its donors too."""
+        plan = self.plan
+        if plan is None or self.phase is Phase.RUNNING:
+            return self._placed()
+        return {assignment.member for assignment in plan.participants}
+
     # Events.
 
     def _ignore(self, event: Event, now: float) -> list[Effect]:
@@ -128,7 +137,7 @@ class Controller:
     def _failed(self, event: Failed, now: float) -> list[Effect]:
         failure = event.failure
         member = Member(failure.device, failure.incarnation)
-        placed = member in self._placed() or not self.plans
+        placed = member in self._involved() or not self.plans
         self._members.remove(member)
         self._awaited.members.discard(member)
         effects: list[Effect] = [
@@ -143,7 +152,7 @@ class Controller:
         if not self.plans:
             # Nothing to recover from yet: the agents replace it, or the start times out.
             return effects
-        if member in self._placed():
+        if member in self._involved():
             effects += self._announce(f"{failure.device} {failure.kind}", True, now)
         return effects
 
@@ -162,6 +171,7 @@ class Controller:
             match note:
                 case StepDone():
                     self.committed[note.member] = note.step
+                    self._pace.take(note)
                 case PhaseDone() if note.generation == self.generation:
                     effects += self._phase_done(note)
                 case ConnectionLost() if note.generation == self.generation and self._adopting:
@@ -174,18 +184,7 @@ class Controller:
                         f"{note.member} lost a connection that no failure explains",
                     )
                 case FaultFired():
-                    effects.append(
-                        Note(
-                            "fault_injected",
-                            {
-                                "fault": note.fault,
-                                "member": str(note.member),
-                                "step": note.step,
-                                "phase": note.phase,
-                                "fired_at": note.at,
-                            },
-                        )
-                    )
+                    effects.append(fault_note(note))
                 case _:
                     # A late word of an earlier generation.
                     continue
@@ -250,16 +249,16 @@ class Controller:
                 "without a committed step; the journal and the workers' logs say what fails again"
             )
         alive = self._members.alive()
-        placed = self._placed()
+        involved = self._involved()
         self.phase = Phase.QUIESCING
         self._answers = {}
         self._phases_done = {}
         self._suspicion = None
         limits = self._limits
         patience = limits.quiesce_timeout_seconds if urgent else limits.pause_timeout_seconds
-        self._awaited = _Awaited(placed & alive, now + patience)
+        self._awaited = _Awaited(involved & alive, now + patience)
         reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
-        quiesce = Quiesce(self.generation, urgent, tuple(sorted(placed - alive)), reason)
+        quiesce = Quiesce(self.generation, urgent, tuple(sorted(involved - alive)), reason)
         fields = {
             "generation": self.generation,
             "urgent": urgent,
@@ -281,6 +280,7 @@ class Controller:
             answers=self._answers,
             history=self.plans,
             rendezvous=self._members.rendezvous,
+            paces=self._pace.paces,
         )
         plan = plan_generation(self._shape, situation)
         if isinstance(plan, NoPlan):
@@ -307,10 +307,10 @@ class Controller:
     def _phase_done(self, note: PhaseDone) -> list[Effect]:
         done = self._phases_done.setdefault(note.phase, {})
         done[note.member] = note.at
-        if note.phase is RecoveryPhase.RESUME and self.plan is not None:
+        if note.phase is RecoveryPhase.RESUME and self.plan and note.member in self._placed():
             before = self.committed.get(note.member, -1)
             self.committed[note.member] = max(before, self.plan.resume_step - 1)
-        if set(done) != self._placed():
+        if set(done) != self._involved():
             return []
         effects: list[Effect] = [
             Note(
@@ -333,10 +333,17 @@ class Controller:
         return effects
 
     def _grow_if_possible(self, now: float) -> list[Effect]:
-        placed = self._placed()
-        newcomers = [m for m in self._members.workers().values() if m not in placed]
-        if not newcomers or self._step_in_flight() >= self._shape.steps - 1:
+        workers = self._members.workers()
+        active = set(self.plan.layout.slots()) if self.plan else set()
+        returned = set(complete_slots(self._shape, workers)) - active
+        if not returned or self._step_in_flight() >= self._shape.steps - 1:
             return []
+        placed = self._placed()
+        newcomers = [
+            member
+            for coordinate, member in workers.items()
+            if coordinate.slot_ref in returned and member not in placed
+        ]
         names = ", ".join(str(member.device) for member in newcomers)
         return self._announce(f"{names} is ready again", False, now)
 

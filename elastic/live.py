@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -17,7 +18,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from elastic.config import ParallelConfig
 from elastic.journal import Listener
+from elastic.topology import Coordinate
 
 PLAIN_EVERY_STEPS = 10
 RECENT_EVENTS = 6
@@ -25,13 +28,13 @@ RECENT_EVENTS = 6
 
 @contextlib.contextmanager
 def view(
-    console: Console, title: str, replicas: int, tensor: int, steps: int
+    console: Console, title: str, parallel: ParallelConfig, steps: int
 ) -> Iterator[Listener]:
     """A listener to give to the recorder; shows the job until the block ends."""
     if not console.is_terminal:
         yield _Lines(console, title, steps).listen
         return
-    panel = _Panel(title, replicas, tensor, steps)
+    panel = _Panel(title, parallel, steps)
     with Live(panel, console=console, refresh_per_second=8, transient=False):
         yield panel.listen
 
@@ -62,12 +65,11 @@ class _Lines:
 class _Panel:
     """The state of a job as a panel; rich renders it a few times a second."""
 
-    def __init__(self, title: str, replicas: int, tensor: int, steps: int) -> None:
+    def __init__(self, title: str, parallel: ParallelConfig, steps: int) -> None:
         self._title = title
-        self._tensor = tensor
+        self._parallel = parallel
         self._steps = steps
         self._slots: dict[str, str] = {}
-        self._replicas = replicas
         self._committed = 0
         self._loss: float | None = None
         self._generation = 0
@@ -121,18 +123,20 @@ class _Panel:
         grid = Table.grid(padding=(0, 2))
         if not self._generation:
             return grid
-        for replica in range(self._replicas):
-            cells = [Text(f"replica {replica}", style="dim")]
+        parallel = self._parallel
+        for replica, stage in product(range(parallel.replicas), range(parallel.pipeline)):
+            name = f"replica {replica}" + (f" stage {stage}" if parallel.pipeline > 1 else "")
+            cells = [Text(name, style="dim")]
             active = 0
-            for slot in range(self._tensor):
-                held = f"replica {replica} slot {slot}" in self._slots
+            for slot in range(parallel.tensor):
+                held = str(Coordinate(replica, stage, slot)) in self._slots
                 active += held
                 cells.append(
                     Text(f"■ {slot}", style="green")
                     if held
                     else Text(f"□ {slot}", style="bold red")
                 )
-            whole = active == self._tensor
+            whole = active == parallel.tensor
             cells.append(Text(f"TP{active}", style="green" if whole else "bold yellow"))
             grid.add_row(*cells)
         return grid

@@ -71,7 +71,8 @@ def placed_devices(run: LocalRun) -> tuple[DeviceId, ...]:
         for node in range(run.cluster.nodes)
         for index in range(run.cluster.devices_per_node)
     ]
-    return tuple(devices[: run.shape.tensor * run.shape.replicas])
+    shape = run.shape
+    return tuple(devices[: shape.tensor * shape.stages * shape.replicas])
 
 
 async def _run(run: LocalRun, listener: Listener) -> Ended:

@@ -72,7 +72,7 @@ class Quiesced(msgspec.Struct, frozen=True, tag=True):
     generation: int
     member: Member
     standing: Standing | None
-    tensor_group_intact: bool
+    replica_groups_intact: bool
     at: float
 
 
@@ -107,7 +107,8 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     """Worker: committed `step`. The figures are the vote's, equal on all ranks.
 
     `sharded_digest` and `replicated_digest` are this rank's parts of its replica's weights digest,
-    modulo 2**64; None where none is computed in this step. `started_at` is when this attempt began.
+    modulo 2**64; None where none is computed in this step. `started_at` is when this attempt began,
+    and `compute_seconds` how long it then took to the boundary before gradient sync.
     """
 
     generation: int
@@ -121,6 +122,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     sharded_digest: int | None
     replicated_digest: int | None
     started_at: float
+    compute_seconds: float
     at: float
 
 

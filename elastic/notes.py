@@ -1,12 +1,14 @@
-"""The two entries of the journal that the summary is made from: a failure, and a plan.
+"""The entries of the journal that the summary is made from: a failure, a fault, and a plan.
 
 Pure. Programs outside read these fields, so they are written in one place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from elastic.effects import Note, Phase
-from elastic.messages import Failed
+from elastic.messages import Failed, FaultFired
 from elastic.plan import Plan
 from elastic.topology import Member
 from ntp.atoms import AtomSizes
@@ -38,8 +40,22 @@ def failure_note(
     )
 
 
-def plan_note(plan: Plan, sizes: AtomSizes, lost_steps: int) -> Note:
-    """A plan, and how many committed steps it could not keep."""
+def fault_note(fired: FaultFired) -> Note:
+    """An injected fault struck."""
+    return Note(
+        "fault_injected",
+        {
+            "fault": fired.fault,
+            "member": str(fired.member),
+            "step": fired.step,
+            "phase": fired.phase,
+            "fired_at": fired.at,
+        },
+    )
+
+
+def plan_note(plan: Plan, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:
+    """A plan, and how many committed steps it could not keep; `sizes` are those of each stage."""
     return Note(
         "plan",
         {
@@ -52,9 +68,11 @@ def plan_note(plan: Plan, sizes: AtomSizes, lost_steps: int) -> Note:
             "lost_steps": lost_steps,
             "degrees": plan.degrees(),
             "batch_split": plan.batch_split,
-            "kept_tensor_groups": plan.kept_tensor_groups,
-            "moves": len(plan.reshard.moves),
-            "moved_elements": plan.reshard.elements(sizes),
+            "kept_replicas": plan.kept_replicas,
+            "moves": sum(len(stage.moves) for stage in plan.reshard),
+            "moved_elements": sum(
+                stage.elements(size) for stage, size in zip(plan.reshard, sizes, strict=True)
+            ),
             "slots": {str(a.coordinate): str(a.member) for a in plan.placement},
             "digest": plan.digest,
         },

@@ -13,9 +13,9 @@ from enum import StrEnum
 
 import msgspec
 
-from elastic.topology import Assignment
+from elastic.topology import Assignment, Member
 from ntp.geometry import ParallelLayout, SlotRef
-from ntp.groups import GroupAxis, GroupSpec
+from ntp.groups import GroupAxis, GroupSpec, places
 from ntp.reshard_plan import ReshardPlan
 
 
@@ -42,23 +42,30 @@ class StateSource(StrEnum):
 class Plan:
     """One generation.
 
-    `placement` lists the workers by rank. `source_layout` is the layout that `reshard` starts from,
-    that of `source_generation` (None and 0 when state is initialised). `kept_tensor_groups` are the
-    replicas whose tensor-parallel communicator goes on. `batch_split` is samples per replica, in
-    the layout's order. `resume_step` is the first step of the generation; survivors that have not
-    committed the step before it apply that with `apply_vote`. `redone`: work on `resume_step` had
-    begun and is dropped. `rendezvous` is host:port of the store to meet in.
+    `placement` lists the workers by rank. `donors` follow them in rank: survivors that lost their
+    place, hold shards that others need, and take part until these have them. `survivors` are those
+    of both whose state the moves count on; any other begins with nothing. All `stages` pipeline
+    stages have the same layout, and `reshard` has the moves of each. `source_layout` is the layout
+    that `reshard` starts from, that of `source_generation` (None and 0 when state is initialised).
+    `kept_replicas` are those whose tensor-parallel and pipeline communicators go on. `batch_split`
+    is samples per replica, in the layout's order. `resume_step` is the first step of the
+    generation; survivors that have not committed the step before it apply that with `apply_vote`.
+    `redone`: work on `resume_step` had begun and is dropped. `rendezvous` is host:port of the store
+    to meet in.
     """
 
     generation: int
     action: Action
     placement: tuple[Assignment, ...]
+    donors: tuple[Assignment, ...]
+    survivors: tuple[Member, ...]
+    stages: int
     layout: ParallelLayout
     source_layout: ParallelLayout | None
     source_generation: int
     groups: tuple[GroupSpec, ...]
-    kept_tensor_groups: tuple[int, ...]
-    reshard: ReshardPlan
+    kept_replicas: tuple[int, ...]
+    reshard: tuple[ReshardPlan, ...]
     batch_split: tuple[int, ...]
     resume_step: int
     apply_vote: tuple[float, ...] | None
@@ -68,21 +75,25 @@ class Plan:
     reason: str
 
     def __post_init__(self) -> None:
-        slots = tuple(assignment.coordinate.slot_ref for assignment in self.placement)
-        members = {assignment.member for assignment in self.placement}
+        filled = tuple(assignment.coordinate for assignment in self.placement)
+        members = {assignment.member for assignment in self.participants}
         replicas = {replica.replica for replica in self.layout.replicas}
         conditions = {
-            "placement and layout name the same slots": slots == self.layout.slots(),
-            "no worker is placed twice": len(members) == len(self.placement),
+            "placement fills the layout's slots in every stage, in order of rank": filled
+            == places(self.layout, self.stages),
+            "each stage has its moves": len(self.reshard) == self.stages,
+            "no worker is placed twice": len(members) == len(self.participants),
+            "survivors take part": set(self.survivors) <= members,
+            "donors have no place": not {a.coordinate for a in self.donors} & set(filled),
             "each replica has a share of the batch": len(self.batch_split) == len(replicas)
             and all(share > 0 for share in self.batch_split),
             "state has a source exactly if it is not initialised": (self.source_layout is None)
             == (self.source_generation == 0),
             "steps count from 0 and generations from 1": self.resume_step >= 0
             and self.generation >= 1,
-            "kept groups belong to replicas": set(self.kept_tensor_groups) <= replicas,
+            "kept groups belong to replicas": set(self.kept_replicas) <= replicas,
             "groups have members that are placed": all(
-                rank < len(slots) for group in self.groups for rank in group.ranks
+                rank < len(members) for group in self.groups for rank in group.ranks
             ),
             "the world comes first": self.groups[0].axis is GroupAxis.WORLD,
         }
@@ -95,13 +106,26 @@ class Plan:
         """SHA-256 over the plan's canonical encoding."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
-    def ranks(self) -> dict[SlotRef, int]:
-        """Rank of every slot."""
+    @property
+    def participants(self) -> tuple[Assignment, ...]:
+        """Everybody who takes part in the change to this generation, by rank of the meeting."""
+        return self.placement + self.donors
+
+    def meeting_ranks(self, stage: int) -> dict[SlotRef, int]:
+        """Rank in the meeting of every slot of `stage`."""
+        return {
+            assignment.coordinate.slot_ref: rank
+            for rank, assignment in enumerate(self.participants)
+            if assignment.coordinate.stage == stage
+        }
+
+    def stage_ranks(self) -> dict[SlotRef, int]:
+        """Rank of every slot within its stage, which is the same in all stages."""
         return {ref: rank for rank, ref in enumerate(self.layout.slots())}
 
     def degrees(self) -> tuple[tuple[int, ...], ...]:
         """Active slots per replica and per stage."""
-        return tuple((replica.degree,) for replica in self.layout.replicas)
+        return tuple((replica.degree,) * self.stages for replica in self.layout.replicas)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,47 +3,69 @@
 Pure. The planner is given who is alive, what the survivors hold, and the plan they come from, and
 returns a Plan or, if nothing can be done, NoPlan; either carries its reason. Every place in the
 grid belongs to one device (its *home*), so the choice here is which slots of each replica are
-active: those whose home device has a ready worker. A replica that lost some goes on at the reduced
-degree (REDUCE_TP), one that got a device back grows (GROW_TP), one that lost all is left out until
-a device returns (DROP_REPLICA). The global batch stays what it was and is split anew.
+active: those whose home devices have a ready worker in every pipeline stage. A slot that lost its
+worker in one stage is vacated in all, and its other workers idle until it is whole again. A replica
+that lost some goes on at the reduced degree (REDUCE_TP), one that got a device back grows
+(GROW_TP), one that lost all is left out until a device returns (DROP_REPLICA). The global batch
+stays what it was and is split anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from elastic.apportion import apportion
 from elastic.messages import Quiesced
+from elastic.pace import Pace
 from elastic.plan import Action, NoPlan, Plan, StateSource
 from elastic.session import Resume, Standing, UnrecoverableStep, decide_resume
 from elastic.topology import Assignment, Coordinate, DeviceId, Member
-from ntp.atoms import AtomCounts, AtomSizes
+from elastic.workload import SplitBatchBy, sample_costs, split_reason
+from ntp.atoms import AtomCounts, AtomSizes, total_sizes
 from ntp.geometry import ParallelLayout, ReplicaLayout, SlotRef, full_layout, with_active
-from ntp.groups import plan_groups
+from ntp.groups import places, plan_groups
 from ntp.reshard_plan import NoHolder, ReshardPlan, plan_reshard
+from ntp.sync_plan import plan_sync
 
 
 @dataclass(frozen=True, slots=True)
 class JobShape:
-    """What a plan needs to know of the job: the model in atoms, the grid, the batch, its length."""
+    """What a plan needs to know of the job: the model in atoms, the grid, the batch, its length.
+
+    `sizes` are those of each pipeline stage, whose number is `stages`.
+    """
 
     counts: AtomCounts
-    sizes: AtomSizes
+    sizes: tuple[AtomSizes, ...]
     tensor: int
+    stages: int
     replicas: int
     global_batch_size: int
     micro_batch_size: int
     steps: int
+    split_batch_by: SplitBatchBy = SplitBatchBy.DEGREE
 
 
 def home_devices(shape: JobShape, devices: Sequence[DeviceId]) -> dict[DeviceId, Coordinate]:
-    """The place of each device: replica by replica, slot by slot, over `devices` in order."""
-    places = [
-        Coordinate(replica, 0, slot)
+    """The place of each device, over `devices` in order: replica by replica, stage by stage.
+
+    A replica's stages, and the slots of a stage, so lie next to each other.
+    """
+    grid = [
+        Coordinate(replica, stage, slot)
         for replica in range(shape.replicas)
+        for stage in range(shape.stages)
         for slot in range(shape.tensor)
     ]
-    return dict(zip(devices, places, strict=False))
+    return dict(zip(devices, grid, strict=False))
+
+
+def complete_slots(shape: JobShape, workers: Mapping[Coordinate, Member]) -> tuple[SlotRef, ...]:
+    """Slots that have a worker in every stage, in order; only these can be active."""
+    found = Counter(coordinate.slot_ref for coordinate in workers)
+    return tuple(sorted(ref for ref, count in found.items() if count == shape.stages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +73,8 @@ class Situation:
     """What is known when a plan is made.
 
     `workers` are the ready processes by place; `answers` what those of them that were running said
-    when they stopped; `history` the plans of this run by generation.
+    when they stopped; `history` the plans of this run by generation; `paces` how fast those
+    replicas were that have been measured.
     """
 
     generation: int
@@ -59,17 +82,16 @@ class Situation:
     answers: Mapping[Member, Quiesced]
     history: Mapping[int, Plan]
     rendezvous: str
+    paces: Mapping[int, Pace] = field(default_factory=dict)
 
 
 def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
     """The next generation, or why there can be none."""
-    if not situation.workers:
-        return NoPlan("no worker is left")
-    standings = {
-        member: answer.standing
-        for member, answer in situation.answers.items()
-        if answer.standing is not None
-    }
+    if not complete_slots(shape, situation.workers):
+        if not situation.workers:
+            return NoPlan("no worker is left")
+        return NoPlan(f"no slot has a worker in each of the {shape.stages} pipeline stages")
+    standings = _standings(situation)
     switched = any(standing.layout_generation for standing in standings.values())
     if not switched and _nothing_was_committed(situation):
         source, resume = None, Resume(0, None, False, 0, "the job starts")
@@ -87,21 +109,30 @@ def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
             )
     layout = _target_layout(shape, source.layout if source else None, situation.workers)
     try:
-        reshard = _reshard(shape, source, layout, situation.workers, standings)
+        survivors = _survivors(source, situation.workers, standings)
+        reshard = _reshard(shape, source, layout, survivors)
     except NoHolder as error:
         return NoPlan(f"{error}: nobody holds this state any more, and no checkpoint is configured")
-    batch_split = split_batch(shape, layout)
+    placement = _placement(shape, layout, situation.workers)
+    donors = _donors(layout, reshard, situation.workers)
+    batch_split = split_batch(shape, layout, situation.paces)
+    division = split_reason(shape.split_batch_by, batch_split, situation.paces)
     previous = situation.history[max(situation.history)] if situation.history else None
-    action, change = _action(previous, layout, situation.workers)
+    action, change = _action(previous, layout, situation.workers, shape.stages)
     return Plan(
         generation=situation.generation,
         action=action,
-        placement=_placement(layout, situation.workers),
+        placement=placement,
+        donors=donors,
+        survivors=tuple(
+            a.member for a in (*placement, *donors) if survivors.get(a.coordinate) == a.member
+        ),
+        stages=shape.stages,
         layout=layout,
         source_layout=source.layout if source else None,
         source_generation=resume.layout_generation if source else 0,
-        groups=plan_groups(layout),
-        kept_tensor_groups=_kept_groups(previous, layout, situation),
+        groups=plan_groups(layout, plan_sync(layout), shape.stages, len(donors)),
+        kept_replicas=_kept_replicas(previous, placement, situation.answers),
         reshard=reshard,
         batch_split=batch_split,
         resume_step=resume.resume_step,
@@ -109,18 +140,34 @@ def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
         redone=resume.redone,
         state_source=StateSource.PEERS if source else StateSource.INITIALIZE,
         rendezvous=situation.rendezvous,
-        reason=f"{change}; {resume.reason}",
+        reason=f"{change}; {resume.reason}; {division}",
     )
 
 
-def split_batch(shape: JobShape, layout: ParallelLayout) -> tuple[int, ...]:
-    """Samples per replica of `layout`: whole microbatches, as even as they divide."""
-    micro_batches = shape.global_batch_size // shape.micro_batch_size
-    count = len(layout.replicas)
-    return tuple(
-        shape.micro_batch_size * (micro_batches // count + (index < micro_batches % count))
-        for index in range(count)
-    )
+def split_batch(
+    shape: JobShape, layout: ParallelLayout, paces: Mapping[int, Pace]
+) -> tuple[int, ...]:
+    """Samples per replica of `layout`, so that all are done as early as can be; 1 or more each."""
+    costs = sample_costs(shape.split_batch_by, layout, shape.sizes, paces)
+    return apportion(shape.global_batch_size, costs)
+
+
+def _standings(situation: Situation) -> dict[Member, Standing]:
+    """What the survivors hold, without those that idled since a plan that others adopted."""
+    standings = {
+        member: answer.standing
+        for member, answer in situation.answers.items()
+        if answer.standing is not None
+    }
+    newest = max((standing.layout_generation for standing in standings.values()), default=0)
+    if newest not in situation.history:
+        return standings
+    placed = {assignment.member for assignment in situation.history[newest].placement}
+    return {
+        member: standing
+        for member, standing in standings.items()
+        if member in placed or not standing.layout_generation
+    }
 
 
 def _nothing_was_committed(situation: Situation) -> bool:
@@ -144,53 +191,93 @@ def _target_layout(
 ) -> ParallelLayout:
     full = full_layout(shape.counts, shape.tensor, shape.replicas)
     known = {replica.replica: replica for replica in source.replicas} if source else {}
+    complete = complete_slots(shape, workers)
     replicas: list[ReplicaLayout] = []
     for replica in full.replicas:
-        active = tuple(sorted(c.slot for c in workers if c.replica == replica.replica))
+        active = tuple(ref.slot for ref in complete if ref.replica == replica.replica)
         if active:
             replicas.append(with_active(known.get(replica.replica, replica), active))
     return ParallelLayout(shape.tensor, tuple(replicas))
 
 
-def _reshard(
-    shape: JobShape,
-    source: Plan | None,
-    layout: ParallelLayout,
-    workers: Mapping[Coordinate, Member],
-    standings: Mapping[Member, Standing],
-) -> ReshardPlan:
-    if source is None:
-        return ReshardPlan(())
-    placed = {a.coordinate: a.member for a in source.placement}
-    holders = frozenset(
-        coordinate.slot_ref
+def _survivors(
+    source: Plan | None, workers: Mapping[Coordinate, Member], standings: Mapping[Member, Standing]
+) -> dict[Coordinate, Member]:
+    """Workers that hold the state which belongs to their place in the source's layout."""
+    placed = {a.coordinate: a.member for a in source.placement} if source else {}
+    return {
+        coordinate: member
         for coordinate, member in workers.items()
         if member in standings and placed.get(coordinate) == member
-    )
-    return plan_reshard(source.layout, layout, holders, shape.sizes)
+    }
+
+
+def _reshard(
+    shape: JobShape, source: Plan | None, layout: ParallelLayout, survivors: Collection[Coordinate]
+) -> tuple[ReshardPlan, ...]:
+    """The moves of each stage.
+
+    Workers send that the new layout places; if these do not hold everything, all survivors may.
+    """
+    if source is None:
+        return (ReshardPlan(()),) * shape.stages
+    active = set(layout.slots())
+    sizes = total_sizes(shape.sizes)
+    # Stages mostly have the same holders, and then the same moves.
+    known: dict[frozenset[SlotRef], ReshardPlan] = {}
+    plans: list[ReshardPlan] = []
+    for stage in range(shape.stages):
+        living = frozenset(place.slot_ref for place in survivors if place.stage == stage)
+        if living not in known:
+            try:
+                moves = plan_reshard(source.layout, layout, living & active, sizes)
+            except NoHolder:
+                moves = plan_reshard(source.layout, layout, living, sizes)
+            known[living] = moves
+        plans.append(known[living])
+    return tuple(plans)
+
+
+def _donors(
+    layout: ParallelLayout,
+    reshard: Sequence[ReshardPlan],
+    workers: Mapping[Coordinate, Member],
+) -> tuple[Assignment, ...]:
+    """Workers that send and have no place."""
+    active = set(layout.slots())
+    sending = {
+        Coordinate(move.source.replica, stage, move.source.slot)
+        for stage, plan in enumerate(reshard)
+        for move in plan.moves
+        if move.source not in active
+    }
+    return tuple(Assignment(coordinate, workers[coordinate]) for coordinate in sorted(sending))
 
 
 def _placement(
-    layout: ParallelLayout, workers: Mapping[Coordinate, Member]
+    shape: JobShape, layout: ParallelLayout, workers: Mapping[Coordinate, Member]
 ) -> tuple[Assignment, ...]:
-    by_slot = {coordinate.slot_ref: coordinate for coordinate in workers}
-    return tuple(Assignment(by_slot[ref], workers[by_slot[ref]]) for ref in layout.slots())
+    return tuple(
+        Assignment(coordinate, workers[coordinate]) for coordinate in places(layout, shape.stages)
+    )
 
 
-def _kept_groups(
-    previous: Plan | None, layout: ParallelLayout, situation: Situation
+def _kept_replicas(
+    previous: Plan | None,
+    placement: Sequence[Assignment],
+    answers: Mapping[Member, Quiesced],
 ) -> tuple[int, ...]:
-    """Replicas whose tensor-parallel group has the members it had, all of them saying it works."""
+    """Replicas that have the members they had, all of them saying that their groups work."""
     if previous is None:
         return ()
     before = _members_by_replica(previous.placement)
-    now = _members_by_replica(_placement(layout, situation.workers))
+    now = _members_by_replica(placement)
     return tuple(
         replica
         for replica, members in now.items()
         if before.get(replica) == members
         and all(
-            (answer := situation.answers.get(member)) is not None and answer.tensor_group_intact
+            (answer := answers.get(member)) is not None and answer.replica_groups_intact
             for member in members
         )
     )
@@ -205,7 +292,10 @@ def _members_by_replica(placement: Sequence[Assignment]) -> dict[int, tuple[Memb
 
 
 def _action(
-    previous: Plan | None, layout: ParallelLayout, workers: Mapping[Coordinate, Member]
+    previous: Plan | None,
+    layout: ParallelLayout,
+    workers: Mapping[Coordinate, Member],
+    stages: int,
 ) -> tuple[Action, str]:
     if previous is None:
         degrees = "+".join(f"TP{replica.degree}" for replica in layout.replicas)
@@ -219,9 +309,15 @@ def _action(
         for replica in layout.replicas
         if replica.replica in {ref.replica for ref in (*lost, *returned)}
     ]
+    idle = len(workers) - len(now) * stages
+    if idle:
+        who = (
+            "worker idles, as its slot lacks" if idle == 1 else "workers idle, as their slots lack"
+        )
+        parts.append(f"{idle} {who} another stage")
     kept = {replica.replica for replica in layout.replicas}
     dropped = sorted({ref.replica for ref in lost} - kept)
-    parts += [f"replica {replica} has no device left and is dropped" for replica in dropped]
+    parts += [f"replica {replica} has no slot left and is dropped" for replica in dropped]
     if dropped:
         action = Action.DROP_REPLICA
     elif lost:

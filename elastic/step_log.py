@@ -103,18 +103,22 @@ def _replica_digests(plan: Plan, reports: Sequence[StepDone]) -> tuple[tuple[int
     found = []
     by_member = {str(report.member): report for report in reports}
     for replica in plan.layout.replicas:
-        members = [str(a.member) for a in plan.placement if a.coordinate.replica == replica.replica]
-        parts = [by_member[member] for member in members if member in by_member]
-        if len(parts) < len(members):
+        mates = [a for a in plan.placement if a.coordinate.replica == replica.replica]
+        parts = {a.coordinate: by_member.get(str(a.member)) for a in mates}
+        sharded = [
+            part.sharded_digest
+            for part in parts.values()
+            if part is not None and part.sharded_digest is not None
+        ]
+        if len(sharded) < len(mates):
             continue
-        sharded = [part.sharded_digest for part in parts if part.sharded_digest is not None]
-        replicated = {part.replicated_digest for part in parts}
-        if len(sharded) < len(members):
-            continue
-        if len(replicated) > 1:
-            # Slots of one replica hold different norms: no digest can be right.
+        replicated = {
+            (place.stage, part.replicated_digest) for place, part in parts.items() if part
+        }
+        if len(replicated) > plan.stages:
+            # Slots of one stage hold different norms: no digest can be right.
             found.append((replica.replica, "differs-within-replica"))
             continue
-        total = (sum(sharded) + (replicated.pop() or 0)) % DIGEST_MODULUS
+        total = (sum(sharded) + sum(digest or 0 for _, digest in replicated)) % DIGEST_MODULUS
         found.append((replica.replica, f"{total:016x}"))
     return tuple(found)

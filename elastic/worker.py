@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -41,10 +40,10 @@ from elastic.messages import (
 from elastic.plan import Plan
 from elastic.rendezvous_client import RendezvousStore
 from elastic.session import Session, StepPoint, standing
-from elastic.topology import Coordinate, Member
+from elastic.topology import Assignment, Coordinate, Member
 from ntp.geometry import SlotRef
 from ntp.groups import GroupAxis
-from ntp.process_groups import GroupKey, ProcessGroups
+from ntp.process_groups import GroupKey, ProcessGroups, connection_error
 
 
 class StepAborted(RuntimeError):
@@ -76,14 +75,20 @@ class Trainable(Protocol):
     def figures(self, step: int, vote: tuple[float, ...]) -> StepFigures:
         """Describe `step`, which was just applied."""
 
-    def reshard(self, plan: Plan, ranks: Mapping[SlotRef, int], slot: SlotRef) -> None:
+    def reshard(self, plan: Plan, place: Coordinate) -> None:
         """Receive the shards of `plan` beside the present ones, which stay valid."""
+
+    def donate(self, plan: Plan, place: Coordinate) -> None:
+        """Send what others need of the shards held at `place`, which `plan` does not fill."""
 
     def promote(self) -> None:
         """Switch to the shards received last."""
 
     def discard(self) -> None:
         """Forget the shards received last, if any."""
+
+    def release(self) -> None:
+        """Forget all shards: others go on without this worker."""
 
 
 class Worker:
@@ -104,6 +109,7 @@ class Worker:
         self._pending_generation = 0
         self._slot = SlotRef(0, 0)
         self._step_started = (0, 0, 0.0)
+        self._compute_began = self._compute_seconds = 0.0
         self._in_model = False
 
     def start(self) -> None:
@@ -115,7 +121,7 @@ class Worker:
     def coordinate(self) -> Coordinate:
         """This worker's place in the current plan."""
         assert self.plan is not None
-        return next(a.coordinate for a in self.plan.placement if a.member == self.member)
+        return next(a.coordinate for a in self.plan.participants if a.member == self.member)
 
     @property
     def generation(self) -> int:
@@ -130,6 +136,7 @@ class Worker:
     def reach_boundary(self) -> None:
         """Forward and backward are done. Raises StepAborted like `check`."""
         self._in_model = False
+        self._compute_seconds = time.perf_counter() - self._compute_began
         self.check()
 
     def check(self) -> None:
@@ -143,6 +150,7 @@ class Worker:
         self.session = self.session.start()
         self._step_started = (self.generation, self.coordinate.replica, time.time())
         self._in_model = True
+        self._compute_began = time.perf_counter()
 
     def commit(self, trainable: Trainable, vote: tuple[float, ...]) -> None:
         """Apply the step in flight with the vote held, and report it."""
@@ -164,6 +172,7 @@ class Worker:
                 sharded_digest=figures.sharded_digest,
                 replicated_digest=figures.replicated_digest,
                 started_at=started_at,
+                compute_seconds=self._compute_seconds,
                 at=time.time(),
             )
         )
@@ -172,8 +181,11 @@ class Worker:
         """Say that an injected fault strikes this process now."""
         self._link.send(FaultFired(fault, self.member, step, phase, time.time()))
 
-    def await_plan(self) -> Plan | None:
-        """Answer announcements until a plan that concerns this worker arrives; None: stop."""
+    def await_plan(self, trainable: Trainable) -> Plan | None:
+        """Answer announcements until a plan that places this worker arrives; None: stop.
+
+        A plan that leaves it out makes its state stale, so it lets go of that and of its groups.
+        """
         announced = self.generation
         while True:
             match self._link.receive():
@@ -183,23 +195,34 @@ class Worker:
                 case Adopt(plan) if (
                     plan.generation > self.generation
                     and plan.generation >= announced
-                    and self._is_placed(plan)
+                    and self._takes_part(plan)
                 ):
                     return plan
+                case Adopt(plan) if plan.generation > self.generation and not self._takes_part(
+                    plan
+                ):
+                    announced = max(announced, plan.generation)
+                    self.leave(trainable)
                 case Adopt():
                     # A plan that a newer announcement has overtaken: acting on it is forbidden.
                     continue
                 case Stop():
                     return None
 
-    def adopt(self, plan: Plan, trainable: Trainable) -> None:
-        """Become `plan`'s generation. Raises RuntimeError if that is interrupted."""
+    def adopt(self, plan: Plan, trainable: Trainable) -> bool:
+        """Become `plan`'s generation; returns whether this worker has a place in it.
+
+        A donor has none, and leaves once all others have what they need. Raises RuntimeError if the
+        change is interrupted.
+        """
         self.plan = plan
-        ranks = plan.ranks()
-        slot = self.coordinate.slot_ref
+        place = self.coordinate
         self._settle(plan, trainable)
-        self._slot = slot
-        rank = ranks[slot]
+        self._slot = place.slot_ref
+        rank = [assignment.member for assignment in plan.participants].index(self.member)
+        donates = rank >= len(plan.placement)
+        keeps = place.replica in plan.kept_replicas
+        kept = _replica_groups(plan, self.member) if keeps else {}
         store = RendezvousStore(plan.rendezvous, self.groups.build_timeout_seconds)
         self._rendezvous = store
         # From here on the link's thread can end a wait for the store; it may have tried before.
@@ -207,11 +230,11 @@ class Worker:
             self.check()
             self.groups.adopt(
                 plan.groups,
-                [str(assignment.member) for assignment in plan.placement],
+                [str(assignment.member) for assignment in plan.participants],
                 rank,
                 plan.generation,
                 store,
-                frozenset((GroupAxis.TENSOR, replica) for replica in plan.kept_tensor_groups),
+                frozenset(kept),
             )
         finally:
             self._rendezvous = None
@@ -219,14 +242,22 @@ class Worker:
         self.check()
         self._compare_digests(plan)
         self._done(RecoveryPhase.REBUILD)
-        trainable.reshard(plan, ranks, slot)
-        self._pending_generation = plan.generation
-        self.session = replace(self.session, committed=plan.resume_step - 1)
+        if donates:
+            trainable.donate(plan, place)
+        else:
+            trainable.reshard(plan, place)
+            self._pending_generation = plan.generation
+            self.session = replace(self.session, committed=plan.resume_step - 1)
         self._done(RecoveryPhase.RESHARD)
-        dist.all_reduce(torch.zeros(1, device=self._device), group=self.groups.world)
+        dist.all_reduce(torch.zeros(1, device=self._device), group=self.groups.meeting)
+        if donates:
+            self._done(RecoveryPhase.RESUME)
+            self.leave(trainable)
+            return False
         trainable.promote()
         self._layout_generation, self._pending_generation = plan.generation, 0
         self._done(RecoveryPhase.RESUME)
+        return True
 
     def interrupted(self, error: Exception) -> None:
         """The step or the adoption ended with `error`: wake whoever waits for this worker."""
@@ -238,8 +269,17 @@ class Worker:
         self._in_model = False
         self.groups.sever(keep=frozenset() if mates_may_wait else self._keepable())
         if self._quiesce is None or self._quiesce.generation <= self.generation:
-            detail = f"{type(error).__name__}: {error}"
+            # What torch says of a broken group is a complaint about the group; see the root.
+            root = connection_error(error) or error
+            detail = f"{type(root).__name__}: {root}"
             self._link.send(ConnectionLost(self.generation, self.member, detail))
+
+    def leave(self, trainable: Trainable) -> None:
+        """Others go on without this worker: hold nothing, as a fresh process does."""
+        trainable.release()
+        self.groups.close()
+        self.plan, self.session = None, Session()
+        self._layout_generation = self._pending_generation = 0
 
     def _settle(self, plan: Plan, trainable: Trainable) -> None:
         """Bring this worker to where the plan says that all survivors are."""
@@ -249,6 +289,10 @@ class Worker:
         else:
             trainable.discard()
         self._pending_generation = 0
+        if self.member not in plan.survivors:
+            # What it holds, if anything, is of a time when others went on without it.
+            trainable.release()
+            self.session, self._layout_generation = Session(), 0
         has_state = self._layout_generation > 0
         if has_state and self.session.committed < plan.resume_step - 1:
             assert plan.apply_vote is not None, "the plan skips a step that this worker lacks"
@@ -264,8 +308,8 @@ class Worker:
             held = standing(
                 self._slot, self.session, self._layout_generation, self._pending_generation
             )
-        key, names = self._tensor_group()
-        intact = bool(names) and self.groups.intact(key, names)
+        groups = _replica_groups(self.plan, self.member) if self.plan else {}
+        intact = bool(groups) and all(self.groups.intact(*group) for group in groups.items())
         now = time.time()
         self._link.send(Quiesced(quiesce.generation, self.member, held, intact, now))
 
@@ -280,27 +324,46 @@ class Worker:
                     rendezvous.sever()
 
     def _keepable(self, lost: tuple[Member, ...] = ()) -> frozenset[GroupKey]:
-        """This worker's tensor-parallel group, unless it lost a member."""
-        key, names = self._tensor_group()
-        whole = names and not {str(member) for member in lost} & set(names)
-        return frozenset({key}) if whole else frozenset()
+        """The groups inside this worker's replica, unless the replica lost a member."""
+        # The link's thread asks too, so the plan is read once.
+        plan = self.plan
+        if plan is None or any(a.member in lost for a in _replica_mates(plan, self.member)):
+            return frozenset()
+        return frozenset(_replica_groups(plan, self.member))
 
-    def _tensor_group(self) -> tuple[GroupKey, tuple[str, ...]]:
-        if self.plan is None or not self._is_placed(self.plan):
-            return (GroupAxis.TENSOR, -1), ()
-        replica = self.coordinate.replica
-        names = tuple(str(a.member) for a in self.plan.placement if a.coordinate.replica == replica)
-        return (GroupAxis.TENSOR, replica), names
-
-    def _is_placed(self, plan: Plan) -> bool:
-        return any(assignment.member == self.member for assignment in plan.placement)
+    def _takes_part(self, plan: Plan) -> bool:
+        return any(assignment.member == self.member for assignment in plan.participants)
 
     def _compare_digests(self, plan: Plan) -> None:
         mine = int.from_bytes(hashlib.sha256(plan.digest.encode()).digest()[:6], "big")
         both = torch.tensor([mine, -mine], dtype=torch.float64, device=self._device)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.groups.world)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.groups.meeting)
         if both[0].item() != -both[1].item():
             raise PlanMismatch(f"generation {plan.generation}: the ranks hold different plans")
 
     def _done(self, phase: RecoveryPhase) -> None:
         self._link.send(PhaseDone(self.generation, self.member, phase, time.time()))
+
+
+def _replica_mates(plan: Plan, member: Member) -> list[Assignment]:
+    """Assignments of the replica that `member` works for, its own included; [] if it has none."""
+    replicas = {a.coordinate.replica for a in plan.placement if a.member == member}
+    return [a for a in plan.placement if a.coordinate.replica in replicas]
+
+
+def _replica_groups(plan: Plan, member: Member) -> dict[GroupKey, tuple[str, ...]]:
+    """The tensor-parallel and the pipeline group of `member`, with the names of their members."""
+    mates = _replica_mates(plan, member)
+    place = next((a.coordinate for a in mates if a.member == member), None)
+    if place is None:
+        return {}
+    groups: dict[GroupKey, tuple[str, ...]] = {
+        (GroupAxis.TENSOR, (place.replica, place.stage)): tuple(
+            str(a.member) for a in mates if a.coordinate.stage == place.stage
+        )
+    }
+    if plan.stages > 1:
+        groups[GroupAxis.PIPELINE, (place.replica, place.slot)] = tuple(
+            str(a.member) for a in mates if a.coordinate.slot == place.slot
+        )
+    return groups

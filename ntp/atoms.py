@@ -1,12 +1,16 @@
 """Model shape -> atoms: what a tensor-parallel slot may own, and how big it is.
 
-Tensor parallelism cuts every sharded tensor along one of three axes, and on each axis there is a
+Tensor parallelism cuts every sharded tensor along one of four axes, and on each axis there is a
 smallest unit that may change hands, the *atom*:
 
 - ``KV_GROUP``: a KV head with the query heads that read it, and the matching columns of the output
   projection. Cutting inside it would separate query heads from the keys they attend to.
 - ``MLP_COLUMN``: column j of the MLP: gate j and up j (or only up j), and column j of down.
 - ``VOCAB_ROW``: one token id, in the embedding and in the output layer.
+- ``EXPERT``: one expert of the mixture-of-experts layers, whole: its gate, up and down.
+
+A model has the axes on which it has atoms: a dense one has no EXPERT, and one whose every MLP is a
+mixture of experts no MLP_COLUMN.
 
 An atom is the same unit in all tensors of its axis in all layers, so one ownership map per axis
 describes a whole model. A ``TensorSpec`` ties that to storage: it gives the *global* tensor with
@@ -20,17 +24,19 @@ Tensors whose axis is ``None`` (norms, biases of row-parallel layers) are whole 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
 
 
 class Axis(StrEnum):
-    """The three ways in which tensor parallelism cuts a model."""
+    """The ways in which tensor parallelism cuts a model. Axes are listed in this order."""
 
     KV_GROUP = "kv_group"
     MLP_COLUMN = "mlp_column"
     VOCAB_ROW = "vocab_row"
+    EXPERT = "expert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +87,17 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class AtomCounts:
-    """How many atoms a model has on each axis."""
+    """How many atoms a model has on each axis; 0 on an axis that it does not have."""
 
     kv_groups: int
     mlp_columns: int
     vocab_rows: int
+    experts: int = 0
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes on which there are atoms."""
+        return tuple(axis for axis in Axis if self.of(axis))
 
     def of(self, axis: Axis) -> int:
         """Number of atoms on `axis`."""
@@ -96,6 +108,8 @@ class AtomCounts:
                 return self.mlp_columns
             case Axis.VOCAB_ROW:
                 return self.vocab_rows
+            case Axis.EXPERT:
+                return self.experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +123,7 @@ class AtomSizes:
     mlp_column: int
     vocab_row: int
     replicated: int
+    expert: int = 0
 
     def of(self, axis: Axis | None) -> int:
         """Elements of one atom of `axis`; of all replicated tensors for None."""
@@ -121,6 +136,20 @@ class AtomSizes:
                 return self.mlp_column
             case Axis.VOCAB_ROW:
                 return self.vocab_row
+            case Axis.EXPERT:
+                return self.expert
+
+
+def total_sizes(sizes: Iterable[AtomSizes]) -> AtomSizes:
+    """Sizes of the atoms over several parts of a model, such as its pipeline stages."""
+    parts = tuple(sizes)
+    return AtomSizes(
+        kv_group=sum(part.kv_group for part in parts),
+        mlp_column=sum(part.mlp_column for part in parts),
+        vocab_row=sum(part.vocab_row for part in parts),
+        replicated=sum(part.replicated for part in parts),
+        expert=sum(part.expert for part in parts),
+    )
 
 
 def atom_elements_by_axis(specs: tuple[TensorSpec, ...]) -> AtomSizes:
@@ -130,5 +159,9 @@ def atom_elements_by_axis(specs: tuple[TensorSpec, ...]) -> AtomSizes:
         return sum(spec.atom_elements for spec in specs if spec.axis is axis)
 
     return AtomSizes(
-        total(Axis.KV_GROUP), total(Axis.MLP_COLUMN), total(Axis.VOCAB_ROW), total(None)
+        kv_group=total(Axis.KV_GROUP),
+        mlp_column=total(Axis.MLP_COLUMN),
+        vocab_row=total(Axis.VOCAB_ROW),
+        expert=total(Axis.EXPERT),
+        replicated=total(None),
     )

@@ -18,10 +18,16 @@ message; such data may come from outside, so a breach is a ValueError.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import attrgetter
 
 from ntp.atoms import AtomCounts, Axis
+from ntp.ranges import Range as Range
+from ntp.ranges import by_start, common, deal, subtract, take
+from ntp.ranges import merged as merged
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -32,66 +38,8 @@ class SlotRef:
     slot: int
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Range:
-    """Atoms start..stop-1 of an axis. Never empty. Raises ValueError if it would be."""
-
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"range {self.start}..{self.stop} is empty or negative; leave it out")
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def contains(self, other: Range) -> bool:
-        """Whether every atom of `other` is in this range."""
-        return self.start <= other.start and other.stop <= self.stop
-
-
-def intersect(first: Range, second: Range) -> Range | None:
-    """The atoms in both ranges, None if there are none."""
-    start, stop = max(first.start, second.start), min(first.stop, second.stop)
-    return Range(start, stop) if start < stop else None
-
-
-def subtract(minuend: Range, taken: Iterable[Range]) -> tuple[Range, ...]:
-    """The atoms of `minuend` that are in no range of `taken`, ascending."""
-    rest: list[Range] = []
-    start = minuend.start
-    for hole in sorted(taken):
-        if start < min(hole.start, minuend.stop):
-            rest.append(Range(start, min(hole.start, minuend.stop)))
-        start = max(start, hole.stop)
-    if start < minuend.stop:
-        rest.append(Range(start, minuend.stop))
-    return tuple(rest)
-
-
-def merged(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """Disjoint `ranges`, ascending, those that touch joined."""
-    result: list[Range] = []
-    for piece in sorted(ranges):
-        if result and result[-1].stop == piece.start:
-            piece = Range(result.pop().start, piece.stop)
-        result.append(piece)
-    return tuple(result)
-
-
-def take(ranges: tuple[Range, ...], atoms: int) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
-    """Split `ranges` into their first `atoms` atoms (fewer if there are fewer) and the rest."""
-    for index, piece in enumerate(ranges):
-        if atoms < len(piece):
-            cut = piece.start + atoms
-            head = (Range(piece.start, cut),) if atoms else ()
-            return (*ranges[:index], *head), (
-                Range(cut, piece.stop),
-                *ranges[index + 1 :],
-            )
-        atoms -= len(piece)
-    return ranges, ()
+AxisHomes = tuple[Axis, tuple[Range, ...]]
+"""An axis, and the home range of each slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +60,18 @@ class AxisShards:
             raise ValueError(
                 f"{self.axis}: {len(self.home)} homes for {len(self.owned)} slots; give one a slot"
             )
-        whole = (Range(0, self.home[-1].stop),)
-        if merged(self.home) != whole or tuple(sorted(self.home)) != self.home:
+        if self.home[0].start != 0 or not _touch(self.home):
             raise ValueError(f"{self.axis}: homes {self.home} must be contiguous from atom 0")
-        for slot, pieces in enumerate(self.owned):
-            if pieces and (pieces[0] != self.home[slot] or merged(pieces[1:]) != pieces[1:]):
+        for slot, (home, pieces) in enumerate(zip(self.home, self.owned, strict=True)):
+            if pieces and (pieces[:1] != (home,) or not _ascend(pieces[1:])):
                 raise ValueError(
-                    f"{self.axis}: slot {slot} owns {pieces}; its home {self.home[slot]} must come "
-                    "first, then adopted ranges, ascending and merged"
+                    f"{self.axis}: slot {slot} owns {pieces}; its home {home} must come first, "
+                    "then adopted ranges, ascending and merged"
                 )
-        # Every active slot owns its home, so an overlap shows as a range that cannot be merged.
-        if merged(piece for pieces in self.owned for piece in pieces) != whole:
-            raise ValueError(f"{self.axis}: {self.owned} must own atoms {whole[0]} once each")
+        everything = sorted((piece for pieces in self.owned for piece in pieces), key=by_start)
+        complete = everything and everything[0].start == 0 and everything[-1].stop == self.atoms
+        if not complete or not _touch(everything):
+            raise ValueError(f"{self.axis}: {self.owned} must own atoms 0..{self.atoms} once each")
 
     @property
     def atoms(self) -> int:
@@ -133,40 +81,63 @@ class AxisShards:
     def holders(self, within: Range) -> tuple[tuple[int, Range], ...]:
         """(slot, range) pieces that make up `within`, ascending; each inside one owned range."""
         found = [
-            (slot, common)
+            (slot, Range(max(piece.start, within.start), min(piece.stop, within.stop)))
             for slot, pieces in enumerate(self.owned)
             for piece in pieces
-            if (common := intersect(piece, within)) is not None
+            if piece.start < within.stop and within.start < piece.stop
         ]
-        return tuple(sorted(found, key=lambda entry: entry[1]))
+        return tuple(sorted(found, key=lambda entry: entry[1].start))
+
+
+def _touch(ranges: Sequence[Range]) -> bool:
+    return [piece.start for piece in ranges[1:]] == [piece.stop for piece in ranges[:-1]]
+
+
+def _ascend(ranges: Sequence[Range]) -> bool:
+    return len(ranges) < 2 or all(first.stop < second.start for first, second in pairwise(ranges))
 
 
 @dataclass(frozen=True, slots=True)
 class ShardMap:
-    """Ownership of all atoms of one replica. Raises ValueError if its axes disagree."""
+    """Ownership of all atoms of one replica: one entry for each axis that the model has.
+
+    Raises ValueError if the axes disagree, repeat or are out of order, or there is none.
+    """
 
     tp_base: int
     axes: tuple[AxisShards, ...]
 
     def __post_init__(self) -> None:
-        if tuple(shards.axis for shards in self.axes) != tuple(Axis):
-            raise ValueError(f"a shard map has each axis once, in the order {tuple(Axis)}")
+        axes = [shards.axis for shards in self.axes]
+        if not axes or axes != [axis for axis in Axis if axis in axes]:
+            raise ValueError(f"axes {axes} must be one or more of {list(Axis)}, in this order")
         for shards in self.axes:
             if len(shards.home) != self.tp_base:
                 raise ValueError(
                     f"{shards.axis} has {len(shards.home)} slots but tp_base is {self.tp_base}"
                 )
 
+    @property
+    def homes(self) -> tuple[AxisHomes, ...]:
+        """Each axis with the home ranges of its slots."""
+        return tuple((shards.axis, shards.home) for shards in self.axes)
+
     def axis(self, axis: Axis) -> AxisShards:
-        """Ownership on one axis."""
-        return next(shards for shards in self.axes if shards.axis is axis)
+        """Ownership on one axis. Raises ValueError if the model does not have it."""
+        for shards in self.axes:
+            if shards.axis is axis:
+                return shards
+        raise ValueError(f"the model has no {axis} atoms; it has {[s.axis for s in self.axes]}")
 
     def owned(self, axis: Axis, slot: int) -> tuple[Range, ...]:
-        """Ranges of `slot` in storage order; () if it is vacant."""
-        return self.axis(axis).owned[slot]
+        """Ranges of `slot` in storage order; () if it is vacant, or slot or axis is unknown."""
+        for shards in self.axes:
+            if shards.axis is axis and 0 <= slot < self.tp_base:
+                return shards.owned[slot]
+        return ()
 
     def local_atoms(self, axis: Axis, slot: int) -> int:
-        """Number of atoms `slot` owns; 0 if it is vacant."""
+        """Number of atoms `slot` owns; 0 if it is vacant, or slot or axis is unknown."""
         return sum(len(piece) for piece in self.owned(axis, slot))
 
     def offset_of(self, axis: Axis, slot: int, atom_range: Range) -> int:
@@ -226,17 +197,25 @@ class ParallelLayout:
         numbers = [replica.replica for replica in self.replicas]
         if not numbers or numbers[0] < 0 or numbers != sorted(set(numbers)):
             raise ValueError(f"replicas {numbers} must be one or more numbers from 0, ascending")
-        homes = {tuple(axis.home for axis in replica.shards.axes) for replica in self.replicas}
-        if len(homes) > 1 or self.replicas[0].shards.tp_base != self.tp_base:
+        homes = self.homes
+        # Most replicas share one map: a look at those that do not is enough.
+        first = self.replicas[0].shards
+        others = [r.shards for r in self.replicas if r.shards is not first]
+        if first.tp_base != self.tp_base or any(shards.homes != homes for shards in others):
             raise ValueError(
                 f"all replicas must have the same home ranges for tp_base {self.tp_base}"
             )
 
+    @property
+    def homes(self) -> tuple[AxisHomes, ...]:
+        """Each axis of the model with the home ranges of its slots, the same in all replicas."""
+        return self.replicas[0].shards.homes
+
     def replica(self, number: int) -> ReplicaLayout:
         """Layout of replica `number`. Raises ValueError if it takes no part."""
-        for replica in self.replicas:
-            if replica.replica == number:
-                return replica
+        index = bisect_left(self.replicas, number, key=attrgetter("replica"))
+        if index < len(self.replicas) and self.replicas[index].replica == number:
+            return self.replicas[index]
         raise ValueError(
             f"no replica {number}; there are {[replica.replica for replica in self.replicas]}"
         )
@@ -252,12 +231,12 @@ def full_layout(counts: AtomCounts, tp_base: int, replicas: int) -> ParallelLayo
     """Every slot of `replicas` replicas active, each owning its home.
 
     Homes are contiguous and differ by at most one atom, the bigger ones first. Raises ValueError
-    if an axis has fewer atoms than slots, or there is no slot or replica.
+    if an axis has some atoms but fewer than slots, or there is no axis, slot or replica.
     """
     if tp_base < 1 or replicas < 1:
         raise ValueError(f"tp_base {tp_base} and replicas {replicas} must both be at least 1")
     axes: list[AxisShards] = []
-    for axis in Axis:
+    for axis in counts.axes:
         atoms = counts.of(axis)
         if atoms < tp_base:
             raise ValueError(
@@ -315,8 +294,11 @@ def _with_replica_active(
 def with_active(replica: ReplicaLayout, active: tuple[int, ...]) -> ReplicaLayout:
     """The replica with exactly the slots `active` (ascending), balanced, moving least.
 
-    Raises ValueError for no slot, a repeated or unsorted one, or one outside 0..tp_base-1.
+    Returns `replica` itself if those are its slots. Raises ValueError for no slot, a repeated or
+    unsorted one, or one outside 0..tp_base-1.
     """
+    if active == replica.active:
+        return replica
     base = replica.shards.tp_base
     if not active or list(active) != sorted(set(active) & set(range(base))):
         raise ValueError(
@@ -329,40 +311,40 @@ def with_active(replica: ReplicaLayout, active: tuple[int, ...]) -> ReplicaLayou
 
 def _rebalance(shards: AxisShards, active: tuple[int, ...]) -> AxisShards:
     """Give every active slot its home, and the orphans to where they are or are missing."""
-    orphans = tuple(home for slot, home in enumerate(shards.home) if slot not in active)
+    vacant = sorted(set(range(len(shards.home))) - set(active))
+    orphans = tuple(shards.home[slot] for slot in vacant)
+    # The orphans that are in place already. No slot's own home is one: look at the rest only.
     present = {
-        slot: merged(
-            common
-            for piece in shards.owned[slot]
-            for orphan in orphans
-            if (common := intersect(piece, orphan)) is not None
-        )
+        slot: merged(common(shards.owned[slot][1:], orphans))
         for slot in active
+        if len(shards.owned[slot]) > 1
     }
+    share, bigger = divmod(shards.atoms, len(active))
+    missing = {slot: share - len(shards.home[slot]) for slot in active}
+    for slot, ranges in present.items():
+        missing[slot] -= sum(map(len, ranges))
     # Some slots must own one atom more than the even share. It goes first to slots that have
     # more than the share already, at home or adopted, and so keep an atom; then to the lowest.
     # No home is cut by this: homes differ by at most one atom, so if one exceeds the share then
     # all reach it, and there is an atom to give for every slot of the first kind.
-    share, bigger = divmod(shards.atoms, len(active))
+    rich = [slot for slot in active if missing[slot] < 0]
+    for slot in (*rich, *(slot for slot in active if missing[slot] >= 0))[:bigger]:
+        missing[slot] += 1
 
-    def claim(slot: int) -> tuple[bool, int]:
-        holds = len(shards.home[slot]) + sum(len(piece) for piece in present[slot])
-        return holds <= share, slot
+    kept = {slot: ranges for slot, ranges in present.items() if ranges}
+    for slot, ranges in kept.items():
+        surplus = -missing[slot]
+        if surplus > 0:
+            kept[slot] = take(ranges, sum(map(len, ranges)) - surplus)[0]
+            missing[slot] = 0
+    assert min(missing.values()) >= 0, f"a home exceeds its even share: {shards}, {active}"
 
-    favoured = set(sorted(active, key=claim)[:bigger])
-    wanted = {slot: share + (slot in favoured) - len(shards.home[slot]) for slot in active}
-    assert min(wanted.values()) >= 0, f"a home exceeds its even share: {shards}, {active}"
-
-    kept = {slot: take(present[slot], wanted[slot])[0] for slot in active}
-    stay = [piece for pieces in kept.values() for piece in pieces]
-    pool = tuple(piece for orphan in orphans for piece in subtract(orphan, stay))
-    owned: list[tuple[Range, ...]] = []
-    for slot, home in enumerate(shards.home):
-        if slot not in active:
-            owned.append(())
-            continue
-        missing = wanted[slot] - sum(len(piece) for piece in kept[slot])
-        gained, pool = take(pool, missing)
-        owned.append((home, *merged((*kept[slot], *gained))))
-    assert not pool, f"orphans {pool} left over: {shards}, {active}"
+    stay = [atoms for ranges in kept.values() for atoms in ranges]
+    pool = [atoms for orphan in orphans for atoms in subtract(orphan, stay)]
+    owned: list[tuple[Range, ...]] = [()] * len(shards.home)
+    for slot, gained in zip(active, deal(pool, missing.values()), strict=True):
+        held = kept.get(slot, ())
+        ranges = (shards.home[slot], *(merged((*held, *gained)) if held else gained))
+        # An unchanged slot keeps its tuple, so that whoever compares layouts sees it at once.
+        owned[slot] = shards.owned[slot] if ranges == shards.owned[slot] else ranges
     return replace(shards, owned=tuple(owned))

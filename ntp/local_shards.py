@@ -78,22 +78,35 @@ class LocalShards:
         size = prod(placement.shape)
         return flat[placement.offset : placement.offset + size].view(placement.shape)
 
-    def views(self, flat: torch.Tensor, atoms: AtomRange) -> list[torch.Tensor]:
-        """One view per tensor that `atoms` touches, in spec order.
+    def view(self, flat: torch.Tensor, placement: Placement, atoms: Range | None) -> torch.Tensor:
+        """View of `atoms` in one tensor; of all of a replicated one, for None.
 
         `atoms` must lie inside one range that this slot owns.
         """
+        view = self.tensor(flat, placement)
+        axis = placement.spec.axis
+        if axis is None or atoms is None:
+            return view
+        start = self._shards.offset_of(axis, self.slot, atoms)
+        return view.narrow(placement.spec.atom_dim, start, len(atoms))
+
+    def views(self, flat: torch.Tensor, atoms: AtomRange) -> list[torch.Tensor]:
+        """One view per tensor that `atoms` touches, in spec order; see `view`."""
         axis, atom_range = atoms
-        found = []
-        for placement in self.placements:
-            if placement.spec.axis is not axis:
-                continue
-            view = self.tensor(flat, placement)
-            if axis is not None and atom_range is not None:
-                start = self._shards.offset_of(axis, self.slot, atom_range)
-                view = view.narrow(placement.spec.atom_dim, start, len(atom_range))
-            found.append(view)
-        return found
+        return [
+            self.view(flat, placement, atom_range)
+            for placement in self.placements
+            if placement.spec.axis is axis
+        ]
+
+    def runs(self, axis: Axis | None) -> list[int]:
+        """For each tensor of `axis`, in spec order: the equal contiguous runs of which `views` of a
+        range consist, at least. Every slot has the same, whatever lies between its runs."""
+        return [
+            prod(placement.shape[: max(0, placement.spec.atom_dim)])
+            for placement in self.placements
+            if placement.spec.axis is axis
+        ]
 
     def elements(self, ranges: Iterable[AtomRange]) -> int:
         """Elements that `pack` of the same ranges yields."""

@@ -12,6 +12,7 @@ whatever reaches for the default cannot block on a peer.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +25,15 @@ def prepare() -> None:
         # always are.
         warnings.simplefilter("ignore")
         from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import schedules
         from megatron.core.tensor_parallel import random
 
+    # torch 2.13 renamed the reduce-scatter that sequence parallelism calls in every layer.
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_single.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*all_gather_single.*", category=FutureWarning)
     if not torch.cuda.is_available():
         torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
+        schedules.torch = _TorchWithoutCuda()
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
@@ -35,6 +41,17 @@ def prepare() -> None:
     # Dropout is refused by the configuration, so no layer draws from the tracker; this tracker's
     # fork() is free, where the training one switches generator states twice a layer.
     random.initialize_rng_tracker(inference_rng_tracker=True)
+
+
+class _TorchWithoutCuda:
+    """torch as megatron-core's schedules see it, which count tokens in a tensor on the GPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, *size: Any, **options: Any) -> torch.Tensor:
+        """torch.zeros on the CPU."""
+        return torch.zeros(*size, **{**options, "device": "cpu"})
 
 
 def _cpu_device() -> torch.device:

@@ -43,7 +43,7 @@ STAR_LIMIT_BYTES = 4 * 1024 * 1024
 STAR_TAG = 1 << 20
 """Tag of the star's messages; the exchanges of `ntp.p2p` stay below it."""
 
-GroupKey = tuple[GroupAxis, int]
+GroupKey = tuple[GroupAxis, tuple[int, ...]]
 
 
 class GroupSevered(RuntimeError):
@@ -154,17 +154,19 @@ class StableGroup(dist.ProcessGroup):
         """Delegate."""
         return self.inner.allgather(*args)
 
-    def _allgather_base(self, *args: Any) -> Any:
+    def all_gather_single(self, *args: Any) -> Any:
+        """Delegate."""
         return self.inner._allgather_base(*args)
 
     def reduce_scatter(self, *args: Any) -> Any:
         """Delegate."""
         return self.inner.reduce_scatter(*args)
 
-    def _reduce_scatter_base(self, *args: Any) -> Any:
+    def reduce_scatter_single(self, *args: Any) -> Any:
+        """Delegate."""
         return self.inner._reduce_scatter_base(*args)
 
-    def alltoall_base(self, *args: Any) -> Any:
+    def all_to_all_single(self, *args: Any) -> Any:
         """Delegate."""
         return self.inner.alltoall_base(*args)
 
@@ -210,13 +212,21 @@ def _star_all_reduce(group: Any, tensor: torch.Tensor, operation: Any) -> None:
 
 
 class ProcessGroups:
-    """Owner of this worker's communicators and of the proxies that others hold."""
+    """Owner of this worker's communicators and of the proxies that others hold.
+
+    `meeting` is `world` unless a generation has donors; a donor is in no other group. `stage` is
+    `world` where there is one pipeline stage, and `pipeline` is None there; `home` is None where
+    this rank reduces its home atoms with nobody.
+    """
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._live: dict[GroupKey, Communicator] = {}
         self.world = StableGroup(GroupAxis.WORLD)
         self.tensor = StableGroup(GroupAxis.TENSOR)
+        self.meeting = self.world
+        self.stage = self.world
+        self.pipeline: StableGroup | None = None
         self.home: StableGroup | None = None
 
     @property
@@ -253,7 +263,7 @@ class ProcessGroups:
         mine = [spec for spec in specs if rank in spec.ranks]
         for key in [key for key in self._live if key not in kept]:
             self._live.pop(key).close()
-        self.home = None
+        self.meeting, self.home = self.world, None
         for spec in mine:
             key = (spec.axis, spec.index)
             names = tuple(members[r] for r in spec.ranks)
@@ -261,7 +271,8 @@ class ProcessGroups:
                 if not self.intact(key, names):
                     raise GroupSevered(f"the plan keeps the {key[0]} group, which broke meanwhile")
             else:
-                prefix = dist.PrefixStore(f"{generation}/{spec.axis}/{spec.index}", store)
+                place = "-".join(str(number) for number in spec.index)
+                prefix = dist.PrefixStore(f"{generation}/{spec.axis}/{place}", store)
                 self._live[key] = _connect(self._link, prefix, spec.ranks.index(rank), names)
             self._bind(spec.axis, self._live[key])
 
@@ -274,8 +285,18 @@ class ProcessGroups:
         match axis:
             case GroupAxis.WORLD:
                 self.world.communicator = communicator
+            case GroupAxis.MEETING:
+                self.meeting = StableGroup(GroupAxis.MEETING)
+                self.meeting.communicator = communicator
+            case GroupAxis.STAGE:
+                if self.stage is self.world:
+                    self.stage = StableGroup(GroupAxis.STAGE)
+                self.stage.communicator = communicator
             case GroupAxis.TENSOR:
                 self.tensor.communicator = communicator
+            case GroupAxis.PIPELINE:
+                self.pipeline = self.pipeline or StableGroup(GroupAxis.PIPELINE)
+                self.pipeline.communicator = communicator
             case GroupAxis.HOME:
                 self.home = self.home or StableGroup(GroupAxis.HOME)
                 self.home.communicator = communicator
@@ -326,8 +347,8 @@ def _connections(descriptors: set[int]) -> list[socket.socket]:
     return connected
 
 
-def is_connection_error(error: BaseException | None) -> bool:
-    """Whether `error` says that a peer or a communicator is gone, rather than that code is wrong.
+def connection_error(error: BaseException | None) -> BaseException | None:
+    """What in `error` says that a peer or a communicator is gone; None if code is wrong.
 
     torch raises plain RuntimeErrors for gloo, so its text is all there is to go by. Its wrapper
     around collectives fails in turn while it describes an error of a group that it did not make,
@@ -336,8 +357,16 @@ def is_connection_error(error: BaseException | None) -> bool:
     signs = ("gloo", "Connection closed", "Connection reset", "timed out", "Timed out")
     while error is not None:
         if isinstance(error, (GroupSevered, dist.DistError)):
-            return True
+            return error
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None
+
+
+def is_connection_error(error: BaseException | None) -> bool:
+    """Whether `error` says that a peer or a communicator is gone, rather than that code is wrong.
+
+    See `connection_error`.
+    """
+    return connection_error(error) is not None

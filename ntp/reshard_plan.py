@@ -2,38 +2,32 @@
 
 Theory of operation. A slot whose process lived through the failure keeps what it owns in both
 layouts; every other range it is to own, and everything a fresh process is to own, must come from a
-process that still has it. Replicas are bitwise equal, so any living holder in any replica will do,
-and the only choice is who sends how much. The planner first cuts each missing range where the set
-of its holders changes, then assigns the pieces, least flexible first, by water-filling: the atoms
-of a piece go to the holders with the least to send so far, each holder getting one contiguous run.
+process that still has it. Those needs are all that moves, once each, so the bytes moved are the
+least possible; a replica whose layout stays and whose processes live is not even looked at.
+`ntp.reshard_senders` decides who serves a need.
 
 A move stands for its atoms in *every* tensor of the axis (parameters and optimizer state alike),
 and always lies inside one owned range at both ends, so it is one slice of each local tensor. A
 move with axis None stands for all tensors that every slot holds whole.
 
-`check_reshard` proves a plan against its layouts. The planner runs it on its own result, and a
-rank may run it on what it is told to do.
+`check_reshard` proves a plan against its layouts. It takes longer than planning, and is left to
+tests and to whoever wants to know before acting on a plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
 
 from ntp.atoms import AtomSizes, Axis
-from ntp.geometry import ParallelLayout, Range, SlotRef, intersect, merged, subtract
-
-
-class NoHolder(ValueError):
-    """Something that a target slot needs is held by no living process."""
-
-    def __init__(self, axis: Axis | None, atoms: Range | None) -> None:
-        what = "the replicated tensors" if atoms is None else f"{axis} {atoms.start}..{atoms.stop}"
-        super().__init__(f"no living process holds {what}; restore from a checkpoint")
-        self.axis = axis
-        self.atoms = atoms
+from ntp.geometry import ParallelLayout, ReplicaLayout, SlotRef
+from ntp.ranges import Range, common, cut, merged, subtract
+from ntp.reshard_senders import Living, Need, share_out
+from ntp.reshard_senders import NoHolder as NoHolder
+from ntp.reshard_senders import even_shares as even_shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +47,11 @@ class Move:
             raise ValueError(f"{self} has an axis or atoms without the other; give both or none")
 
 
-def _order(move: Move) -> tuple[SlotRef, str, int, SlotRef]:
-    return move.target, move.axis or "", move.atoms.start if move.atoms else 0, move.source
+def move_order(move: Move) -> tuple[int, int, str, int, int, int]:
+    """Sort key: target, axis, start, source; replicated tensors before the axes."""
+    target, source = move.target, move.source
+    start = move.atoms.start if move.atoms else 0
+    return target.replica, target.slot, move.axis or "", start, source.replica, source.slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +64,8 @@ class ReshardPlan:
     moves: tuple[Move, ...]
 
     def __post_init__(self) -> None:
-        keys = [_order(move) for move in self.moves]
-        if keys != sorted(set(keys)):
+        keys = map(move_order, self.moves)
+        if any(first >= second for first, second in pairwise(keys)):
             raise ValueError("the moves of a reshard plan must be sorted and distinct")
 
     @property
@@ -94,13 +91,13 @@ def _elements(axis: Axis | None, atoms: Range | None, sizes: AtomSizes) -> int:
 def inverse(plan: ReshardPlan) -> ReshardPlan:
     """The plan with the two ends of every move swapped."""
     swapped = (Move(move.axis, move.atoms, move.target, move.source) for move in plan.moves)
-    return ReshardPlan(tuple(sorted(swapped, key=_order)))
+    return ReshardPlan(tuple(sorted(swapped, key=move_order)))
 
 
 def owned_by(layout: ParallelLayout, axis: Axis, slot: SlotRef) -> tuple[Range, ...]:
     """Ranges of `slot` in storage order; () if it is vacant or its replica takes no part."""
     for replica in layout.replicas:
-        if replica.replica == slot.replica and slot.slot in replica.active:
+        if replica.replica == slot.replica:
             return replica.shards.owned(axis, slot.slot)
     return ()
 
@@ -112,46 +109,11 @@ def kept_ranges(
 
     Ordered by axis and start; each lies inside one owned range of either layout.
     """
-    kept: list[tuple[Axis, Range]] = []
-    for axis in Axis:
-        before, after = owned_by(source, axis, slot), owned_by(target, axis, slot)
-        common = (intersect(old, new) for old in before for new in after)
-        kept += [(axis, atoms) for atoms in sorted(atoms for atoms in common if atoms)]
-    return tuple(kept)
-
-
-def even_shares(amount: int, unit: int, loads: Sequence[int]) -> tuple[int, ...]:
-    """How many of `amount` atoms of `unit` elements each bearer takes on top of `loads`.
-
-    Water-filling: the loads that receive something end within one atom of each other. Ties go to
-    the earlier bearer. Exact in integers; the cost does not depend on `amount`.
-    """
-    order = sorted(range(len(loads)), key=lambda index: (loads[index], index))
-    # The water stands over the lowest loads; find how many, and the level.
-    wet, below = 1, loads[order[0]]
-    while wet < len(order) and loads[order[wet]] * wet < below + amount * unit:
-        below += loads[order[wet]]
-        wet += 1
-    level = (below + amount * unit) // wet
-    shares = [0] * len(loads)
-    for index in order[:wet]:
-        shares[index] = (level - loads[index]) // unit
-    left = amount - sum(shares)
-    assert 0 <= left <= wet, (amount, unit, loads, shares)
-    lowest = sorted(order[:wet], key=lambda index: (loads[index] + shares[index] * unit, index))
-    for index in lowest[:left]:
-        shares[index] += 1
-    return tuple(shares)
-
-
-@dataclass(frozen=True, slots=True)
-class _Need:
-    """A range (None: the replicated tensors) that `target` lacks and all of `holders` have."""
-
-    axis: Axis | None
-    atoms: Range | None
-    target: SlotRef
-    holders: tuple[SlotRef, ...]
+    return tuple(
+        (axis, atoms)
+        for axis, _ in target.homes
+        for atoms in common(owned_by(source, axis, slot), owned_by(target, axis, slot))
+    )
 
 
 def plan_reshard(
@@ -166,85 +128,89 @@ def plan_reshard(
     not among them starts from nothing. `sizes` weighs the axes in the balance of elements sent.
     Raises NoHolder if state is lost, ValueError if the layouts or holders do not belong together.
     """
-    _check_inputs(source, target, holders)
-    # Least flexible first: what has one holder is forced, and large atoms (or the replicated
-    # tensors, which are not cut at all) are hard to place late, while small ones level the loads.
-    needs = sorted(
-        _needs(source, target, holders),
-        key=lambda need: (
-            len(need.holders) > 1,
-            -sizes.of(need.axis),
-            len(need.holders),
-            -_elements(need.axis, need.atoms, sizes),
-            need.target,
-            need.axis or "",
-            need.atoms.start if need.atoms else 0,
-        ),
-    )
-    sent = dict.fromkeys(holders, 0)
-    moves: list[Move] = []
-    for need in needs:
-        # On equal load the replica's own slots come first: they share its scale-up domain.
-        bearers = sorted(need.holders, key=lambda ref: (ref.replica != need.target.replica, ref))
-        loads = [sent[bearer] for bearer in bearers]
-        unit = max(1, sizes.of(need.axis))
-        amount = len(need.atoms) if need.atoms else 1
-        start = need.atoms.start if need.atoms else 0
-        for bearer, share in zip(bearers, even_shares(amount, unit, loads), strict=True):
-            if share:
-                atoms = Range(start, start + share) if need.atoms else None
-                moves.append(Move(need.axis, atoms, bearer, need.target))
-                sent[bearer] += share * unit
-                start += share
-    plan = ReshardPlan(tuple(sorted(moves, key=_order)))
-    check_reshard(plan, source, target, holders)
-    return plan
+    living = _living(source, target, holders)
+    if not holders:
+        raise NoHolder(None, None)
+    known = {replica.replica: replica for replica in source.replicas}
+    needs: list[Need] = []
+    fresh: list[SlotRef] = []
+    for replica in target.replicas:
+        before = known.get(replica.replica)
+        alive = living.get(replica.replica, frozenset())
+        if _stays(before, replica, alive):
+            continue
+        fresh += [SlotRef(replica.replica, slot) for slot in replica.active if slot not in alive]
+        needs += _needs(source, before, replica, alive)
+    moves = [
+        Move(need.axis, atoms, sender, need.target)
+        for need, atoms, sender in share_out(needs, source, living, sizes)
+    ]
+    moves += list(_replicated(fresh, moves, living, sizes))
+    return ReshardPlan(tuple(sorted(moves, key=move_order)))
 
 
-def _check_inputs(
-    source: ParallelLayout, target: ParallelLayout, holders: frozenset[SlotRef]
-) -> None:
-    for old, new in zip(
-        source.replicas[0].shards.axes, target.replicas[0].shards.axes, strict=True
-    ):
-        if old.atoms != new.atoms:
-            raise ValueError(
-                f"{old.axis} has {old.atoms} atoms in the source layout and {new.atoms} in the "
-                "target; both must be layouts of one model"
-            )
-    if strangers := sorted(holders - set(source.slots())):
-        raise ValueError(f"holders {strangers} are not active in the source layout; leave them out")
+def _living(source: ParallelLayout, target: ParallelLayout, holders: frozenset[SlotRef]) -> Living:
+    """The holders by replica. Raises ValueError if the arguments do not belong together."""
+    old, new = ({axis: homes[-1].stop for axis, homes in each.homes} for each in (source, target))
+    if old != new:
+        raise ValueError(
+            f"the source layout has atoms {old} and the target {new}; both must be layouts of one "
+            "model"
+        )
+    slots: dict[int, set[int]] = {replica.replica: set() for replica in source.replicas}
+    for holder in holders:
+        slots.setdefault(holder.replica, set()).add(holder.slot)
+    active = {replica.replica: replica.active for replica in source.replicas}
+    if strangers := [ref for ref in slots if not slots[ref].issubset(active.get(ref, ()))]:
+        raise ValueError(
+            f"holders of replicas {sorted(strangers)} are not active in the source layout; leave "
+            "them out"
+        )
+    return {number: frozenset(alive) for number, alive in slots.items()}
+
+
+def _stays(before: ReplicaLayout | None, after: ReplicaLayout, alive: frozenset[int]) -> bool:
+    """Whether all slots of a replica have what they are to own."""
+    return before is not None and before.shards == after.shards and alive.issuperset(after.active)
 
 
 def _needs(
-    source: ParallelLayout, target: ParallelLayout, holders: frozenset[SlotRef]
-) -> list[_Need]:
-    living = tuple(sorted(holders))
-    needs: list[_Need] = []
-    for slot in target.slots():
-        if slot not in holders:
-            if not living:
-                raise NoHolder(None, None)
-            needs.append(_Need(None, None, slot, living))
-    for axis in Axis:
-        stock = [(piece, ref) for ref in living for piece in owned_by(source, axis, ref)]
-        bounds = sorted({bound for piece, _ in stock for bound in (piece.start, piece.stop)})
-        for slot in target.slots():
-            had = owned_by(source, axis, slot) if slot in holders else ()
-            for piece in owned_by(target, axis, slot):
-                for missing in subtract(piece, had):
-                    for part in _cut(missing, bounds):
-                        refs = tuple(ref for held, ref in stock if held.contains(part))
-                        if not refs:
-                            raise NoHolder(axis, part)
-                        needs.append(_Need(axis, part, slot, refs))
-    return needs
+    source: ParallelLayout,
+    before: ReplicaLayout | None,
+    after: ReplicaLayout,
+    alive: frozenset[int],
+) -> Iterator[Need]:
+    """What the slots of one replica lack, slot by slot, cut at the bounds of homes."""
+    for slot in after.active:
+        target = SlotRef(after.replica, slot)
+        for shards, (axis, homes) in zip(after.shards.axes, source.homes, strict=True):
+            had = before.shards.owned(axis, slot) if before and slot in alive else ()
+            owned = shards.owned[slot]
+            if had[:1] == owned[:1]:
+                had, owned = had[1:], owned[1:]
+            for atoms in owned:
+                for lacking in subtract(atoms, had) if had else (atoms,):
+                    for home, piece in cut(homes, lacking):
+                        yield Need(target, axis, piece, home)
 
 
-def _cut(atoms: Range, bounds: Sequence[int]) -> list[Range]:
-    inner = [bound for bound in bounds if atoms.start < bound < atoms.stop]
-    edges = [atoms.start, *inner, atoms.stop]
-    return [Range(start, stop) for start, stop in pairwise(edges)]
+def _replicated(
+    fresh: Sequence[SlotRef], moves: Iterable[Move], living: Living, sizes: AtomSizes
+) -> Iterator[Move]:
+    """The replicated tensors for each fresh slot, from the least loaded of the nearest holders."""
+    sent = Counter[SlotRef]()
+    for move in moves if fresh else ():
+        sent[move.source] += _elements(move.axis, move.atoms, sizes)
+    for target in fresh:
+        # Those of its replica are close to it, and slots h of others send to a fresh slot h anyway.
+        holders = (
+            [SlotRef(target.replica, slot) for slot in living.get(target.replica, ())]
+            or [SlotRef(n, target.slot) for n, alive in living.items() if target.slot in alive]
+            or [SlotRef(n, slot) for n, alive in living.items() for slot in alive]
+        )
+        source = min(holders, key=lambda ref: (sent[ref], ref))
+        sent[source] += sizes.replicated
+        yield Move(None, None, source, target)
 
 
 def check_reshard(
@@ -258,7 +224,10 @@ def check_reshard(
     That is: kept and received ranges make up each owned range once, every sender lives and holds
     what it sends, and each fresh slot receives the replicated tensors once and no other slot does.
     """
-    received: dict[tuple[SlotRef, Axis | None], list[Range]] = {}
+    living = _living(source, target, holders)
+    old = {replica.replica: replica for replica in source.replicas}
+    new = {replica.replica: replica for replica in target.replicas}
+    received: dict[int, dict[tuple[int, Axis], list[Range]]] = defaultdict(dict)
     fresh: list[SlotRef] = []
     for move in plan.moves:
         if move.source not in holders or move.source == move.target:
@@ -266,21 +235,36 @@ def check_reshard(
         if move.axis is None or move.atoms is None:
             fresh.append(move.target)
             continue
-        for layout, end in ((source, move.source), (target, move.target)):
-            if not any(piece.contains(move.atoms) for piece in owned_by(layout, move.axis, end)):
+        for replicas, end in ((old, move.source), (new, move.target)):
+            replica = replicas.get(end.replica)
+            owned = replica.shards.owned(move.axis, end.slot) if replica else ()
+            if not any(piece.contains(move.atoms) for piece in owned):
                 raise ValueError(f"{move}: its atoms are not in one range of {end}; plan again")
-        received.setdefault((move.target, move.axis), []).append(move.atoms)
-    if sorted(fresh) != sorted(set(target.slots()) - holders):
+        place = move.target.slot, move.axis
+        received[move.target.replica].setdefault(place, []).append(move.atoms)
+    empty = [
+        SlotRef(number, slot)
+        for number, replica in new.items()
+        for slot in replica.active
+        if slot not in living.get(number, ())
+    ]
+    if sorted(fresh) != empty:
         raise ValueError(
             f"replicated tensors go to {fresh}, not once to each fresh slot; plan again"
         )
-    for slot in target.slots():
-        kept = kept_ranges(source, target, slot) if slot in holders else ()
-        for axis in Axis:
-            have = [atoms for kind, atoms in kept if kind is axis]
-            have += received.get((slot, axis), [])
-            if merged(have) != merged(owned_by(target, axis, slot)):
-                raise ValueError(
-                    f"{slot} would end with {axis} {sorted(have)} instead of "
-                    f"{owned_by(target, axis, slot)}; plan again"
-                )
+    for number, replica in new.items():
+        before, alive = old.get(number), living.get(number, frozenset())
+        if _stays(before, replica, alive) and number not in received:
+            continue
+        for shards in replica.shards.axes:
+            for slot, owned in enumerate(shards.owned):
+                had = before.shards.owned(shards.axis, slot) if before and slot in alive else ()
+                gained = received[number].get((slot, shards.axis), [])
+                if owned == had and not gained:
+                    continue
+                have = [*common(had, owned), *gained]
+                if merged(have) != merged(owned):
+                    raise ValueError(
+                        f"{SlotRef(number, slot)} would end with {shards.axis} {sorted(have)} "
+                        f"instead of {owned}; plan again"
+                    )

@@ -80,6 +80,20 @@ def replica_samples(split: BatchSplit, replica: int) -> range:
     return range(start, start + split.samples[replica])
 
 
+def micro_batches(samples: range, micro_batch_size: int) -> list[range]:
+    """Cut the samples of a replica into microbatches, in order; the last one may be smaller.
+
+    Raises:
+        ValueError: the size of a microbatch is not positive.
+    """
+    if micro_batch_size < 1:
+        raise ValueError(f"micro_batch_size is {micro_batch_size}; it must be at least 1")
+    return [
+        samples[start : start + micro_batch_size]
+        for start in range(0, len(samples), micro_batch_size)
+    ]
+
+
 def sample_offsets(
     seed: int, step: int, global_batch_size: int, corpus_bytes: int, seq_length: int
 ) -> npt.NDArray[np.int64]:

@@ -52,6 +52,17 @@ class ModelConfig(Settings):
     ffn_hidden_size: int | None = Field(
         default=None, ge=1, description="Columns of the MLP; null: 4 x hidden_size."
     )
+    num_moe_experts: int | None = Field(
+        default=None,
+        ge=1,
+        description="Experts of every layer, in the place of its MLP; null: a dense model.",
+    )
+    moe_ffn_hidden_size: int | None = Field(
+        default=None, ge=1, description="Columns of one expert; null: ffn_hidden_size."
+    )
+    moe_router_topk: int = Field(
+        default=2, ge=2, description="Experts of a token, weighted by a softmax over their logits."
+    )
     vocab_size: int = Field(
         default=BYTE_VALUES, ge=1, description="Token ids; at least 256, as tokens are bytes."
     )
@@ -74,6 +85,21 @@ class ModelConfig(Settings):
     untie_embeddings_and_output_weights: bool = Field(
         default=True, description="Give the output projection weights of its own."
     )
+    make_vocab_size_divisible_by: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pad the vocabulary to a multiple of this x parallel.tensor, as Megatron does; "
+        "null: no padding, which uneven shards do not need.",
+    )
+    recompute_granularity: Literal["selective", "full"] | None = Field(
+        default=None,
+        description="Compute again in the backward pass: selective: the attention's core; full: "
+        "whole layers; null: keep all activations.",
+    )
+    transformer_impl: Literal["local", "transformer_engine"] = Field(
+        default="local",
+        description="Layers: megatron-core's own, or Transformer Engine's (GPU only).",
+    )
     init_method_std: float = Field(
         default=0.02, gt=0, description="Standard deviation of initial weights."
     )
@@ -93,6 +119,11 @@ class ModelConfig(Settings):
         """Columns of the MLP, defaults resolved."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
+    @property
+    def expert_ffn_size(self) -> int:
+        """Columns of one expert, defaults resolved."""
+        return self.moe_ffn_hidden_size or self.ffn_size
+
 
 class DataConfig(Settings):
     """The bytes that the job trains on."""
@@ -111,7 +142,14 @@ class TrainConfig(Settings):
 
     steps: int = Field(ge=1, description="Optimizer steps of the whole run, counted from 0.")
     global_batch_size: int = Field(ge=1, description="Samples of one step, over all replicas.")
-    micro_batch_size: int = Field(ge=1, description="Samples of one forward pass in a replica.")
+    micro_batch_size: int = Field(
+        ge=1, description="Samples of one forward pass in a replica; its last one may have fewer."
+    )
+    split_batch_by: Literal["degree", "speed", "equal"] = Field(
+        default="degree",
+        description="What the samples of a replica follow: degree: its most loaded slot's share of "
+        "the model; speed: its measured seconds per sample; equal: nothing.",
+    )
     seq_length: int = Field(ge=1, description="Tokens (bytes) of one sample.")
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of Adam.")
     min_learning_rate: float = Field(
@@ -130,6 +168,11 @@ class TrainConfig(Settings):
     )
     dtype: Literal["float64", "float32", "bfloat16"] = Field(
         default="float32", description="Type of parameters and activations."
+    )
+    gradient_bucket_bytes: int = Field(
+        default=4 * 1024 * 1024,
+        ge=1,
+        description="Bytes of gradients that a slot reduces at a time while backward goes on.",
     )
     weights_digest_every: int = Field(
         default=1, ge=0, description="Steps between digests of the logical weights; 0: never."
@@ -165,7 +208,9 @@ class RunConfig(Settings):
         problems = [
             *_cluster_problems(self),
             *_model_problems(self.model),
+            *_expert_problems(self.model),
             *_split_problems(self.model, self.parallel),
+            *_pipeline_problems(self.model, self.parallel),
             *_train_problems(self),
             *_data_problems(self.data),
         ]
@@ -208,10 +253,40 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
         )
 
 
+def _expert_problems(model: ModelConfig) -> Iterator[str]:
+    experts = model.num_moe_experts
+    if experts is None:
+        if model.moe_ffn_hidden_size is not None:
+            yield (
+                f"model.moe_ffn_hidden_size: {model.moe_ffn_hidden_size} would be ignored, as the"
+                " model is dense; set model.num_moe_experts, or remove model.moe_ffn_hidden_size"
+            )
+        return
+    if model.moe_router_topk > experts:
+        yield (
+            f"model.moe_router_topk: a token cannot take {model.moe_router_topk} of {experts}"
+            f" experts; set model.num_moe_experts to {model.moe_router_topk} or more"
+            + (f", or model.moe_router_topk to {experts} or less" if experts >= 2 else "")
+        )
+    if model.add_bias_linear:
+        yield (
+            f"model.add_bias_linear: the {experts} experts have no biases; set it to false, or"
+            " model.num_moe_experts to null"
+        )
+    if model.transformer_impl == "transformer_engine":
+        yield (
+            f"model.transformer_impl: Transformer Engine's layers cannot hold the {experts}"
+            " experts; set it to local, or model.num_moe_experts to null"
+        )
+
+
 def _split_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    mlp = ("ffn_hidden_size", model.ffn_size, "MLP columns cannot be cut")
+    if model.num_moe_experts is not None:
+        mlp = ("num_moe_experts", model.num_moe_experts, "experts cannot be cut")
     sizes = (
         ("num_query_groups", model.query_groups, "KV groups cannot be cut"),
-        ("ffn_hidden_size", model.ffn_size, "MLP columns cannot be cut"),
+        mlp,
         ("vocab_size", model.vocab_size, "vocabulary rows cannot be cut"),
     )
     for name, size, why in sizes:
@@ -223,15 +298,28 @@ def _split_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
             )
 
 
+def _pipeline_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline: {parallel.virtual_pipeline} chunks need more than one"
+            " stage; set it to 1, or parallel.pipeline to 2 or more"
+        )
+    if model.num_layers < chunks:
+        yield (
+            f"model.num_layers: {model.num_layers} layers cannot fill parallel.pipeline"
+            f" ({parallel.pipeline}) x parallel.virtual_pipeline ({parallel.virtual_pipeline}) ="
+            f" {chunks} chunks; set it to {chunks} or more, or use fewer stages"
+        )
+
+
 def _train_problems(config: RunConfig) -> Iterator[str]:
     train, replicas = config.train, config.parallel.replicas
-    unit = replicas * train.micro_batch_size
-    if train.global_batch_size % unit:
-        nearest = -(-train.global_batch_size // unit) * unit
+    if train.global_batch_size < replicas:
         yield (
-            f"train.global_batch_size: {train.global_batch_size} is not a multiple of"
-            f" parallel.replicas ({replicas}) x train.micro_batch_size ({train.micro_batch_size})"
-            f" = {unit}; set it to {nearest}, or change train.micro_batch_size"
+            f"train.global_batch_size: {train.global_batch_size} samples cannot give each of"
+            f" parallel.replicas ({replicas}) at least one; set it to {replicas} or more, or"
+            f" parallel.replicas to {train.global_batch_size} or less"
         )
     if train.min_learning_rate > train.learning_rate:
         yield (
@@ -253,6 +341,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 def model_shape(config: RunConfig) -> ModelShape:
     """The sizes that decide how the model is cut into atoms, with every default resolved."""
     model = config.model
+    experts = model.num_moe_experts or 0
+    multiple = (model.make_vocab_size_divisible_by or 0) * config.parallel.tensor or 1
     return ModelShape(
         layers=model.num_layers,
         hidden=model.hidden_size,
@@ -260,12 +350,15 @@ def model_shape(config: RunConfig) -> ModelShape:
         kv_groups=model.query_groups,
         kv_channels=model.head_channels,
         ffn=model.ffn_size,
-        vocab=model.vocab_size,
+        vocab=-(-model.vocab_size // multiple) * multiple,
         gated=model.gated_linear_unit,
         bias=model.add_bias_linear,
         tied=not model.untie_embeddings_and_output_weights,
         norm_bias=model.normalization == "LayerNorm",
         qk_norm=model.qk_layernorm,
+        experts=experts,
+        expert_ffn=model.expert_ffn_size if experts else 0,
+        top_k=model.moe_router_topk if experts else 0,
     )
 
 

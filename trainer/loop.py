@@ -7,7 +7,6 @@ vote, or something breaks; then it waits for the next plan. It never restarts an
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
 import torch
@@ -22,10 +21,11 @@ from elastic.faults import FaultPhase
 from elastic.topology import DeviceId
 from elastic.worker import StepAborted, Worker
 from ntp.process_groups import Link, ProcessGroups, is_connection_error
-from trainer.batch import BatchSplit, combine, replica_samples, sample_digest, sample_offsets
+from trainer.batch import combine
 from trainer.config import RunConfig
 from trainer.data import ByteCorpus, load_corpus
 from trainer.entry import Payload
+from trainer.feed import ReplicaBatch
 from trainer.training import Training, Vote
 
 
@@ -56,11 +56,12 @@ def run_worker(connection: Connection, spec: WorkerSpec) -> None:
             "started; keep the files of data.path as they are while it runs"
         )
     worker.start()
-    while (plan := worker.await_plan()) is not None:
+    while (plan := worker.await_plan(steps.training)) is not None:
         try:
-            worker.adopt(plan, steps.training)
-            steps.run()
+            if worker.adopt(plan, steps.training):
+                steps.run()
         except Exception as error:
+            steps.training.abandon()
             if not isinstance(error, StepAborted) and not is_connection_error(error):
                 raise
             worker.interrupted(error)
@@ -89,9 +90,6 @@ class StepLoop:
         self.training = Training(
             config, worker.groups, device, in_optimizer=lambda: self._at(FaultPhase.OPTIMIZER)
         )
-        self._positions = torch.arange(train.seq_length, device=device).unsqueeze(0)
-        ones = torch.ones(1, 1, train.seq_length, train.seq_length, dtype=torch.bool, device=device)
-        self._future = torch.triu(ones, diagonal=1)
 
     def run(self) -> None:
         """Run steps until the last one, or until a vote says that a pause was asked for."""
@@ -105,71 +103,50 @@ class StepLoop:
         worker, generation = self._worker, self.training.current
         step = worker.session.step
         worker.begin_step()
-        generation.state.gradients.zero_()
-
-        loss_sum, tokens, digests = 0.0, 0, []
-        for inputs, labels, digest in self._micro_batches(step):
-            losses = generation.model(inputs, self._positions, self._future, labels=labels)
-            micro_loss = losses.sum()
-            micro_loss.backward()
-            loss_sum += micro_loss.item()
-            tokens += labels.numel()
-            digests += digest
+        gradients = generation.state.gradients
+        gradients.zero_()
+        batch = ReplicaBatch(
+            self._train, self.corpus, generation.plan, generation.place.replica, step, self._device
+        )
+        generation.sync.begin(gradients, passes=len(batch.sizes))
+        loss_sum = generation.passes.run(lambda: iter(batch), batch.sizes)
+        self.training.sum_tied_gradients()
 
         # The boundary: the one place where a healthy replica's ranks all stop (see elastic.worker).
         worker.reach_boundary()
-        gradients = generation.state.gradients
-        generation.sync.run(gradients, between=lambda: self._at(FaultPhase.GRAD_SYNC))
+        generation.sync.finish(between=lambda: self._at(FaultPhase.GRAD_SYNC))
         worker.session = worker.session.prepare()
 
         self._at(FaultPhase.VOTE)
-        vote = self._vote(loss_sum, tokens, digests)
+        vote = self._vote(loss_sum, batch)
         worker.session = worker.session.hold_vote(vote)
         worker.commit(self.training, vote)
         return vote.pause > 0
 
-    def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-        """Inputs and labels ``[micro batch, sequence]`` and the samples' digests."""
-        train, plan = self._train, self.training.current.plan
-        offsets = sample_offsets(
-            train.seed, step, train.global_batch_size, len(self.corpus), train.seq_length
-        )
-        replicas = [replica.replica for replica in plan.layout.replicas]
-        position = replicas.index(self.training.current.slot.replica)
-        samples = replica_samples(BatchSplit(plan.batch_split), position)
-        for start in range(samples.start, samples.stop, train.micro_batch_size):
-            indices = range(start, start + train.micro_batch_size)
-            windows = [
-                self.corpus.window(int(offsets[index]), train.seq_length + 1) for index in indices
-            ]
-            digests = [
-                sample_digest(index, window.tobytes())
-                for index, window in zip(indices, windows, strict=True)
-            ]
-            rows = [torch.from_numpy(window.astype("int64")) for window in windows]
-            batch = torch.stack(rows).to(self._device)
-            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), digests
-
-    def _vote(self, loss_sum: float, tokens: int, digests: list[int]) -> Vote:
+    def _vote(self, loss_sum: float, batch: ReplicaBatch) -> Vote:
         """The commit vote: whoever gets its result knows that every rank holds its gradients.
 
         One replica contributes the norm, each of whose atoms is thereby counted once; one slot of
-        each replica contributes what it consumed.
+        each replica contributes the loss, in the last stage, and what it consumed, in the first.
         """
         generation = self.training.current
-        slot, layout = generation.slot, generation.state.layout
-        shards, gradients = generation.state.shards, generation.state.gradients
-        speaks = slot.slot == layout.active[0]
+        place, state = generation.place, generation.state
+        speaks = place.slot == state.layout.active[0]
+        tells_loss = speaks and place.stage == generation.plan.stages - 1
+        tells_batch = speaks and place.stage == 0
         square = 0.0
-        if layout == generation.plan.layout.replicas[0]:
-            counted = gradients if speaks else gradients[: shards.sharded]
-            norm = torch.linalg.vector_norm(counted, dtype=torch.float64).item()
-            square = norm * norm
-        upper, lower = combine(digests) if speaks else (0, 0)
+        if place.replica == generation.plan.layout.replicas[0].replica:
+            gradients = state.gradients if speaks else state.gradients[: state.shards.sharded]
+            norms = [
+                torch.linalg.vector_norm(part, dtype=torch.float64).item()
+                for part in state.counted(gradients)
+            ]
+            square = sum(norm * norm for norm in norms)
+        upper, lower = combine(batch.digests()) if tells_batch else (0, 0)
         mine = Vote(
             square_norm=square,
-            loss_sum=loss_sum if speaks else 0.0,
-            tokens=float(tokens) if speaks else 0.0,
+            loss_sum=loss_sum if tells_loss else 0.0,
+            tokens=float(batch.tokens) if tells_batch else 0.0,
             digest_upper=float(upper),
             digest_lower=float(lower),
             pause=float(self._worker.pause_requested),
@@ -184,7 +161,7 @@ class StepLoop:
 
     def _arm_faults(self) -> None:
         """Make faults of the forward and backward phases strike in the middle of the model."""
-        model = self.training.current.model
+        model = self.training.current.chunks[0]
         if self._faults.is_empty or getattr(model, "faults_armed", False):
             return
         layers = model.decoder.layers  # type: ignore[union-attr]

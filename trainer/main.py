@@ -1,8 +1,8 @@
-"""The command line: ``everstep run | compare | demo``.
+"""The command line: ``everstep run | compare | demo | plan``.
 
 Exit codes of ``run`` and ``demo``: 0 completed, 2 refused (configuration, faults file, run
 directory), 3 halted, 4 failed, 130 interrupted; ``demo`` exits with 1 if the failure changed the
-job. ``compare``: 0 equal, 1 different, 2 refused.
+job. ``compare``: 0 equal, 1 different, 2 refused. ``plan``: 0, 2 refused, 3 the job would halt.
 
 Commands import what they need when they run, so that ``--help`` stays quick; nothing on this side
 ever loads torch.
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 EXIT_CODES = {"completed": 0, "halted": 3, "failed": 4, "interrupted": 130}
 DIFFERENT = 1
 REFUSED = 2
+PLAIN_WIDTH = 120
+"""Columns of tables that go into a file or a pipe."""
 DEMO_TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
 """Largest loss difference to the calm run that rounding explains, by dtype."""
 
@@ -121,6 +123,62 @@ def demo(
         raise typer.Exit(DIFFERENT)
 
 
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")],
+    failures: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail",
+            metavar="SLOT",
+            help="A slot that is lost, as 1.2 (replica.slot), or a device, as node0/3; repeat it "
+            "for more.",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as train.steps=100."),
+    ] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw it too, into this file.")] = None,
+) -> None:
+    """Show what losing slots would do, before it happens: owners, moves, batch split, throughput.
+
+    Exit codes: 0, 2 refused, 3 the job would halt.
+    """
+    from rich.console import Console
+
+    from elastic.forecast import failed_places, forecast
+    from elastic.plan import NoPlan
+    from trainer.config import ConfigError, load
+    from trainer.job import cluster_devices, element_bytes, job_shape
+    from trainer.plan_svg import draw
+    from trainer.plan_view import render
+
+    try:
+        loaded = load(config, overrides or [])
+    except ConfigError as error:
+        _refuse(str(error))
+    shape, devices = job_shape(loaded), cluster_devices(loaded)
+    try:
+        places = failed_places(failures or [], shape, devices)
+    except ValueError as error:
+        _refuse(f"--fail {error}")
+    ahead = forecast(shape, devices, places)
+    if isinstance(ahead, NoPlan):
+        typer.echo(f"the job would halt: {ahead.reason}", err=True)
+        raise typer.Exit(EXIT_CODES["halted"])
+    element = element_bytes(loaded)
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=PLAIN_WIDTH)
+    console.print(render(loaded.job, ahead, element))
+    if svg is not None:
+        try:
+            svg.write_text(draw(loaded.job, ahead, element), encoding="utf-8")
+        except OSError as error:
+            _refuse(f"--svg {svg} cannot be written: {error}")
+        typer.echo(f"the drawing is in {svg}")
+
+
 def main() -> None:
     """Entry point of the ``everstep`` command."""
     app()
@@ -178,8 +236,7 @@ def _launch(
         preload=("trainer.preload", "trainer.main"),
         payload=Payload(config=config, corpus=corpus.fingerprint).model_dump_json(),
     )
-    parallel, steps = config.parallel, config.train.steps
-    with view(Console(), title, parallel.replicas, parallel.tensor, steps) as listener:
+    with view(Console(), title, config.parallel, config.train.steps) as listener:
         return run_local(job, listener)
 
 

@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     import megatron.core.models.gpt
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.parallel_state
+    import megatron.core.pipeline_parallel.schedules
     import megatron.core.tensor_parallel.random
 
     import trainer.loop

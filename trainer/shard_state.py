@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
@@ -16,12 +17,16 @@ from ntp.atoms import TensorSpec
 from ntp.geometry import ReplicaLayout
 from ntp.local_shards import LocalShards
 
+RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight", "experts.weight2")
+
 
 class ShardState:
     """Flat tensors of one slot in one layout.
 
     `master`, `first_moment`, `second_moment` and `gradients` have the state's dtype; `parameters`
     has the model's, and is `master` itself where the two agree. All have ``shards.total`` elements.
+    `copied` are the elements of a tensor, named in `copies`, that another stage holds too and
+    counts in norms and digests.
     """
 
     def __init__(
@@ -31,6 +36,7 @@ class ShardState:
         slot: int,
         model_dtype: torch.dtype,
         device: torch.device,
+        copies: frozenset[str] = frozenset(),
     ) -> None:
         self.specs = specs
         self.layout = layout
@@ -42,12 +48,21 @@ class ShardState:
         self.first_moment = torch.zeros_like(self.master)
         self.second_moment = torch.zeros_like(self.master)
         self.gradients = torch.zeros_like(self.master)
+        self.copied = slice(0, 0)
+        for placement in self.shards.placements:
+            if placement.spec.name in copies:
+                assert self.copied == slice(0, 0), "norms leave out a single run of elements"
+                self.copied = slice(placement.offset, placement.offset + prod(placement.shape))
         self.parameters = self.master if model_dtype is dtype else self.master.to(model_dtype)
 
     @property
     def persistent(self) -> tuple[torch.Tensor, ...]:
         """What must survive a failure, in the order in which it travels."""
         return (self.master, self.first_moment, self.second_moment)
+
+    def counted(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The elements of `flat`, or of its beginning, that are not `copied`, as two views."""
+        return flat[: self.copied.start], flat[self.copied.stop :]
 
     def publish(self) -> None:
         """Give the model the present master parameters."""
@@ -63,14 +78,14 @@ class ShardState:
         return torch.cat(parts, dim=spec.atom_dim)
 
 
-def initialize(state: ShardState, seed: int, deviation: float) -> None:
+def initialize(state: ShardState, seed: int, deviation: float, layers: int) -> None:
     """Give parameters their initial values, a function of the seed and the tensor's name alone.
 
     Norm weights are 1, biases 0, all else normal with `deviation`, divided by sqrt(2 * layers) for
-    the two projections back to the residual stream (Megatron's scaled initialisation). A tensor is
-    generated whole, so every layout and replica cuts the same values.
+    the projections back to the residual stream (Megatron's scaled initialisation). A tensor is
+    generated whole, so every layout, stage and replica cuts the same values. `layers` are those
+    of the whole model.
     """
-    layers = sum(spec.name.endswith("linear_fc2.weight") for spec in state.specs)
     for placement in state.shards.placements:
         spec = placement.spec
         target = state.shards.tensor(state.master, placement)
@@ -79,7 +94,7 @@ def initialize(state: ShardState, seed: int, deviation: float) -> None:
         elif spec.name.endswith("bias"):
             target.zero_()
         else:
-            residual = spec.name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            residual = spec.name.endswith(RESIDUAL_PROJECTIONS)
             scale = deviation / (2 * layers) ** 0.5 if residual else deviation
             generator = torch.Generator().manual_seed(seed + zlib.crc32(spec.name.encode()))
             whole = torch.randn(spec.shape, generator=generator, dtype=torch.float64) * scale

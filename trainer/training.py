@@ -8,8 +8,8 @@ replica's layout is unchanged, state and model simply stay, and the slot only se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,12 +17,21 @@ from torch import nn
 
 from elastic.plan import Plan, StateSource
 from elastic.worker import StepFigures
-from ntp.geometry import SlotRef
 from ntp.grad_sync import GradientSync, SyncGroups
-from ntp.layers import ModelNumerics, bind_parameters, build_model
-from ntp.model_shape import tensor_specs
-from ntp.p2p import ranges_kept, reshard
+from ntp.groups import Coordinate
+from ntp.layers import ModelNumerics, bind_parameters, build_chunk
+from ntp.local_shards import AtomRange
+from ntp.model_shape import EMBEDDING
+from ntp.pipeline import ForwardBackward, sum_tied
 from ntp.process_groups import ProcessGroups
+from ntp.reshard import FlatState, ranges_kept, reshard
+from ntp.stages import (
+    Chunk,
+    TransformerImplementation,
+    copied_names,
+    stage_chunks,
+    stage_specs,
+)
 from ntp.sync_plan import plan_sync
 from trainer.batch import format_digest
 from trainer.config import RunConfig, model_shape
@@ -64,9 +73,10 @@ class Generation:
     """Everything of one generation that a step needs on one slot."""
 
     plan: Plan
-    slot: SlotRef
+    place: Coordinate
     state: ShardState
-    model: nn.Module
+    chunks: tuple[nn.Module, ...]
+    passes: ForwardBackward
     sync: GradientSync
     adam: Adam
     digest: WeightsDigest
@@ -87,8 +97,7 @@ class Training:
         self._device = device
         self._in_optimizer = in_optimizer
         self._shape = model_shape(config)
-        self._specs = tensor_specs(self._shape)
-        self._dtype = DTYPES[config.train.dtype]
+        self._numerics = model_numerics(config)
         self._current: Generation | None = None
         self._pending: Generation | None = None
 
@@ -131,36 +140,76 @@ class Training:
             replicated_digest=replicated,
         )
 
-    def reshard(self, plan: Plan, ranks: Mapping[SlotRef, int], slot: SlotRef) -> None:
+    def donate(self, plan: Plan, place: Coordinate) -> None:
+        """Send what others need of the shards held at `place`, which `plan` does not fill."""
+        state = self.current.state
+        held = (state.shards, state.persistent)
+        self._exchange(plan, place, held, held, kept=())
+
+    def reshard(self, plan: Plan, place: Coordinate) -> None:
         """Receive the shards of `plan` beside the present ones, which stay valid."""
-        layout = plan.layout.replica(slot.replica)
+        layout = plan.layout.replica(place.replica)
         current = self._current
         if current is not None and current.state.layout == layout:
             # Nothing changes for this replica: keep state and model, and only send.
             held = (current.state.shards, current.state.persistent)
-            reshard(plan.reshard, slot, ranks, self._groups.world, held, held, kept=())
-            sync = self._new_sync(plan, ranks, slot, current.state)
-            self._pending = replace(current, plan=plan, sync=sync)
+            self._exchange(plan, place, held, held, kept=())
+            self._pending = self._joined(plan, place, current.state, current.chunks)
             return
-        state = ShardState(self._specs, layout, slot.slot, self._dtype, self._device)
+        chunks = self._chunks_of(place.stage)
+        specs = stage_specs(self._shape, chunks, self._config.parallel.sequence_parallel)
+        copies = copied_names(self._shape, chunks)
+        state = ShardState(specs, layout, place.slot, self._numerics.dtype, self._device, copies)
         if plan.state_source is StateSource.INITIALIZE:
-            initialize(state, self._config.train.seed, self._config.model.init_method_std)
+            model = self._config.model
+            initialize(state, self._config.train.seed, model.init_method_std, model.num_layers)
         else:
             assert plan.source_layout is not None
             held_before = (current.state.shards, current.state.persistent) if current else None
-            kept = ranges_kept(plan.source_layout, plan.layout, slot) if current else ()
+            kept = ranges_kept(plan.source_layout, plan.layout, place.slot_ref) if current else ()
             received = (state.shards, state.persistent)
-            reshard(plan.reshard, slot, ranks, self._groups.world, held_before, received, kept)
+            self._exchange(plan, place, held_before, received, kept)
             state.publish()
-        self._pending = Generation(
-            plan=plan,
-            slot=slot,
-            state=state,
-            model=self._new_model(state, layout.degree),
-            sync=self._new_sync(plan, ranks, slot, state),
-            adam=self._new_adam(state),
-            digest=WeightsDigest(state),
+        models = tuple(
+            build_chunk(
+                self._shape,
+                self._numerics,
+                chunk,
+                layout.shards,
+                place.slot,
+                layout.degree,
+                self._groups.tensor,
+                self._device,
+            )
+            for chunk in chunks
         )
+        bind_parameters(
+            models,
+            state.shards,
+            state.parameters,
+            state.gradients,
+            self._numerics.implementation,
+            self._accumulated,
+        )
+        self._pending = self._joined(plan, place, state, models)
+
+    def _exchange(
+        self,
+        plan: Plan,
+        place: Coordinate,
+        source: FlatState | None,
+        target: FlatState,
+        kept: Sequence[AtomRange],
+    ) -> None:
+        """Run the moves of this stage, between the ranks of the meeting."""
+        moves, ranks = plan.reshard[place.stage], plan.meeting_ranks(place.stage)
+        reshard(moves, place.slot_ref, ranks, self._groups.meeting, source, target, kept)
+
+    def _accumulated(self, name: str) -> None:
+        """A backward pass added to the gradient of a tensor."""
+        # A tied weight is complete only once its two stages' gradients are summed.
+        if name != EMBEDDING or not self._shape.tied or self._groups.pipeline is None:
+            self.current.sync.ready(name)
 
     def promote(self) -> None:
         """Switch to the shards received last."""
@@ -171,44 +220,82 @@ class Training:
         """Forget the shards received last, if any."""
         self._pending = None
 
-    def _new_sync(
-        self, plan: Plan, ranks: Mapping[SlotRef, int], slot: SlotRef, state: ShardState
-    ) -> GradientSync:
-        return GradientSync(
-            plan_sync(plan.layout),
-            slot,
-            ranks,
-            state.shards,
-            SyncGroups(self._groups.world, self._groups.home),
-            contributes_replicated=slot.slot == state.layout.active[0],
-        )
+    def abandon(self) -> None:
+        """Forget the gradient sync of a step that was given up."""
+        if self._current is not None:
+            self._current.sync.abandon()
 
-    def _new_adam(self, state: ShardState) -> Adam:
+    def sum_tied_gradients(self) -> None:
+        """Give both stages that hold a tied weight the sum of its gradients in them.
+
+        It comes before the boundary, as it is between stages of one replica: were it behind, a
+        stage could wait for one that stopped at a lost replica.
+        """
+        if self._shape.tied and self._groups.pipeline is not None:
+            state = self.current.state
+            for placement in state.shards.placements:
+                if placement.spec.name == EMBEDDING:
+                    gradient = state.shards.tensor(state.gradients, placement)
+                    sum_tied(gradient, self._groups.pipeline)
+
+    def release(self) -> None:
+        """Forget all shards: others go on without this worker."""
+        self._current = self._pending = None
+
+    def _joined(
+        self,
+        plan: Plan,
+        place: Coordinate,
+        state: ShardState,
+        chunks: tuple[nn.Module, ...],
+    ) -> Generation:
+        """The generation of `plan` on state and model that this slot holds already."""
+        current = self._current
+        kept = current if current is not None and current.state is state else None
         train = self._config.train
+        sync = GradientSync(
+            plan_sync(plan.layout),
+            plan.layout,
+            place.slot_ref,
+            plan.stage_ranks(),
+            state.shards,
+            SyncGroups(self._groups.stage, self._groups.home),
+            contributes_replicated=place.slot == state.layout.active[0],
+            bucket_bytes=train.gradient_bucket_bytes,
+        )
         settings = AdamSettings(
             train.adam_beta1, train.adam_beta2, train.adam_epsilon, train.weight_decay
         )
-        return Adam(state, settings)
+        return Generation(
+            plan=plan,
+            place=place,
+            state=state,
+            chunks=chunks,
+            passes=ForwardBackward(
+                chunks, self._groups.tensor, self._groups.pipeline, self._device
+            ),
+            sync=sync,
+            adam=kept.adam if kept else Adam(state, settings),
+            digest=kept.digest if kept else WeightsDigest(state, self._shape),
+        )
 
-    def _new_model(self, state: ShardState, degree: int) -> nn.Module:
-        model = self._config.model
-        numerics = ModelNumerics(
-            dtype=self._dtype,
-            max_sequence_length=self._config.train.seq_length,
-            rms_norm=model.normalization == "RMSNorm",
-            norm_epsilon=model.layernorm_epsilon,
-            rotary_base=model.rotary_base,
-            rotary_percent=model.rotary_percent,
-            activation=model.activation,
-        )
-        built = build_model(
-            self._shape,
-            numerics,
-            state.layout.shards,
-            state.slot,
-            degree,
-            self._groups.tensor,
-            self._device,
-        )
-        bind_parameters(built, state.shards, state.parameters, state.gradients)
-        return built
+    def _chunks_of(self, stage: int) -> tuple[Chunk, ...]:
+        parallel = self._config.parallel
+        return stage_chunks(self._shape.layers, parallel.pipeline, stage, parallel.virtual_pipeline)
+
+
+def model_numerics(config: RunConfig) -> ModelNumerics:
+    """What the configuration says of the model beside its shape."""
+    model = config.model
+    return ModelNumerics(
+        dtype=DTYPES[config.train.dtype],
+        max_sequence_length=config.train.seq_length,
+        rms_norm=model.normalization == "RMSNorm",
+        norm_epsilon=model.layernorm_epsilon,
+        rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
+        activation=model.activation,
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute=model.recompute_granularity,
+        implementation=TransformerImplementation(model.transformer_impl),
+    )

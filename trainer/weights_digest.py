@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 
+from ntp.model_shape import ModelShape, tensor_specs
 from trainer.shard_state import ShardState
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
@@ -20,26 +21,31 @@ _SECOND = -7723592293110705685  # 0x94D049BB133111EB
 
 
 class WeightsDigest:
-    """Digests the master parameters of one ShardState."""
+    """Digests the master parameters of one ShardState, which holds a stage of `shape`.
 
-    def __init__(self, state: ShardState) -> None:
+    With pipeline stages each one gives its own part. The copy of a tied weight in the last stage is
+    left out, as the first stage counts it.
+    """
+
+    def __init__(self, state: ShardState, shape: ModelShape) -> None:
         self._state = state
-        self._keys = _keys(state)
+        self._keys = _keys(state, shape)
 
     def parts(self) -> tuple[int, int]:
         """This slot's part (its own atoms), and the digest of the replicated tensors; unsigned."""
         master = self._state.master
         bits = master.view(torch.int64 if master.dtype is torch.float64 else torch.int32)
         hashes = _mix(bits.to(torch.int64) ^ self._keys)
+        hashes[self._state.copied] = 0
         sharded = self._state.shards.sharded
         return _unsigned(hashes[:sharded]), _unsigned(hashes[sharded:])
 
 
-def _keys(state: ShardState) -> torch.Tensor:
+def _keys(state: ShardState, shape: ModelShape) -> torch.Tensor:
     """A pseudo-random number per element, from its place in the list of all global tensors."""
     first = {}
     total = 0
-    for spec in state.specs:
+    for spec in tensor_specs(shape):
         first[spec.name] = total
         total += prod(spec.shape)
     keys = torch.empty(state.shards.total, dtype=torch.int64, device=state.master.device)

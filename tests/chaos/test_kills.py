@@ -96,6 +96,30 @@ def test_two_kills_in_one_step(tmp_path: Path, calm_run: Callable[[str], Run]) -
     check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=len(places))
 
 
+def test_kills_in_both_stages_of_a_pipeline(tmp_path: Path) -> None:
+    job = [
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.sequence_parallel=true",
+        "model.untie_embeddings_and_output_weights=false",
+        "model.recompute_granularity=full",
+        "train.global_batch_size=7",
+        "train.seq_length=33",
+        "train.steps=30",
+    ]
+    calm = run_job(tmp_path / "calm", overrides=job)
+    places = [((1, 0), "backward"), ((0, 1), "grad_sync"), ((0, 1), "vote"), ((1, 1), "forward")]
+    faults = kills(places)
+    for fault, stage in zip(faults, (1, 0, 1, 0), strict=True):
+        fault["target"]["stage"] = stage
+    run = run_job(tmp_path / "killed", faults, overrides=job)
+    check_like_calm(run, calm, tolerance=1e-9, failures=len(faults))
+    assert [[2, 2], [1, 1]] in [step["degrees"] for step in run.steps], "a slot outlived a stage"
+    # A healthy replica keeps its groups through the loss of another's worker.
+    plans = [entry for entry in run.journal if entry["event"] == "plan"]
+    assert all(plan["kept_replicas"] for plan in plans if plan["action"] == "REDUCE_TP")
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_worker_in(phase: str, tmp_path: Path, calm_run: Callable[[str], Run]) -> None:

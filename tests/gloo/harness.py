@@ -31,8 +31,9 @@ import torch.distributed as dist
 from elastic.rendezvous import serve
 from elastic.spawn import Child, Spawner
 from ntp.geometry import ParallelLayout, SlotRef
-from ntp.groups import plan_groups
+from ntp.groups import Coordinate, places, plan_groups
 from ntp.process_groups import Link, ProcessGroups
+from ntp.sync_plan import plan_sync
 
 HOST = "127.0.0.1"
 TIMEOUT_SECONDS = 20.0
@@ -79,24 +80,26 @@ class Rank:
         slot: SlotRef,
         generation: int = 1,
         store: dist.Store | None = None,
+        stage: int = 0,
+        stages: int = 1,
     ) -> dict[SlotRef, int]:
-        """Build all groups of `layout` anew; returns the ranks of its slots.
+        """Build all groups of `layout` anew; returns the ranks of its slots within their stage.
 
         Returns when everybody has built them, as the worker does by comparing digests: a rank that
         let go of its groups sooner would break those that a peer still connects.
         """
-        ranks = {ref: rank for rank, ref in enumerate(layout.slots())}
-        names = [f"{ref.replica}.{ref.slot}@{generation}" for ref in layout.slots()]
+        grid = places(layout, stages)
+        names = [f"{place}@{generation}" for place in grid]
         groups.adopt(
-            plan_groups(layout),
+            plan_groups(layout, plan_sync(layout), stages),
             names,
-            ranks[slot],
+            grid.index(Coordinate(slot.replica, stage, slot.slot)),
             generation,
             store if store is not None else self.store(),
             frozenset(),
         )
         dist.all_reduce(torch.zeros(1), group=groups.world)
-        return ranks
+        return {ref: rank for rank, ref in enumerate(layout.slots())}
 
 
 class Cluster:

@@ -5,19 +5,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import ntp.bucket_sync
 import ntp.layers
 import trainer.training
 from elastic.plan import Plan
 from ntp.atoms import Axis
+from ntp.bucket_sync import TO_HOLDER_TAG, TO_PROXY_TAG
+from ntp.buckets import Countdown
+from ntp.bundles import Bundle
+from ntp.exchange import Message
 from ntp.geometry import ShardMap, SlotRef
 from ntp.grad_sync import GradientSync
 from ntp.local_shards import AtomRange, LocalShards, Placement
+from ntp.marked_exchange import MarkedExchange
 from trainer.shard_state import ShardState, initialize
 from trainer.training import Training
 
@@ -25,19 +32,12 @@ from trainer.training import Training
 def _change_views(change: Callable[[LocalShards, Placement, Tensor, Tensor], Tensor]) -> None:
     """Pass every view of a range of atoms through `change(shards, placement, flat, view)`."""
 
-    def views(self: LocalShards, flat: Tensor, atoms: AtomRange) -> list[Tensor]:
-        found = original(self, flat, atoms)
-        placements = [p for p in self.placements if p.spec.axis is atoms[0]]
-        return [change(self, p, flat, view) for p, view in zip(placements, found, strict=True)]
+    def changed(self: LocalShards, flat: Tensor, placement: Placement, atoms: Any) -> Tensor:
+        view = original(self, flat, placement, atoms)
+        return view if placement.spec.axis is None else change(self, placement, flat, view)
 
-    def home_views(self: LocalShards, flat: Tensor) -> list[Tensor]:
-        found = original_home(self, flat)
-        placements = [p for p in self.placements if p.spec.axis is not None]
-        return [change(self, p, flat, view) for p, view in zip(placements, found, strict=True)]
-
-    original, original_home = LocalShards.views, LocalShards._home_views
-    LocalShards.views = views  # type: ignore[method-assign]
-    LocalShards._home_views = home_views  # type: ignore[method-assign]
+    original = LocalShards.view
+    LocalShards.view = changed  # type: ignore[method-assign]
 
 
 def _flat(names: tuple[str, ...]) -> None:
@@ -111,15 +111,21 @@ def seeded_per_rank() -> None:
 
 def replicated_skipped() -> None:
     """Replicated gradients are reduced among the first slots and never reach the others."""
+    own: list[tuple[Bundle, Tensor]] = []
 
-    def reduce_replicated(self: GradientSync, gradients: Tensor) -> None:
-        own = gradients[self._shards.sharded :].clone()
-        original(self, gradients)
-        if not self._contributes_replicated:
-            gradients[self._shards.sharded :] = own
+    def clear(self: Bundle) -> None:
+        own.append((self, self.packed().clone()))
+        original_clear(self)
 
-    original = GradientSync._reduce_replicated
-    GradientSync._reduce_replicated = reduce_replicated  # type: ignore[method-assign]
+    def finish(self: GradientSync, *arguments: Any, **named: Any) -> None:
+        original_finish(self, *arguments, **named)
+        while own:
+            bundle, gradients = own.pop()
+            bundle.packed().copy_(gradients)
+
+    original_clear, original_finish = Bundle.clear, GradientSync.finish
+    Bundle.clear = clear  # type: ignore[method-assign]
+    GradientSync.finish = finish  # type: ignore[method-assign]
 
 
 def averaged_per_replica() -> None:
@@ -145,13 +151,79 @@ def averaged_per_replica() -> None:
 def piece_added_twice() -> None:
     """A proxy adds each piece of a leaf twice."""
 
-    def add(self: LocalShards, flat: Tensor, ranges: Iterable[AtomRange], packed: Tensor) -> None:
-        ranges = list(ranges)
-        original(self, flat, ranges, packed)
-        original(self, flat, ranges, packed)
+    def add(self: Bundle, packed: Tensor) -> None:
+        original(self, packed)
+        original(self, packed)
 
-    original = LocalShards.add
-    LocalShards.add = add  # type: ignore[method-assign]
+    original = Bundle.add
+    Bundle.add = add  # type: ignore[method-assign]
+
+
+def added_before_arrival() -> None:
+    """A proxy adds what its buffer holds before the piece is in it."""
+
+    class Hasty(MarkedExchange):
+        def __init__(self, group: Any, sends: Any, receives: Any, tag: int) -> None:
+            self.late = lambda: None
+            if tag == TO_PROXY_TAG:
+                pieces = receives
+                receives = ()
+                self.late = lambda: MarkedExchange(group, (), pieces, tag).receive()
+            super().__init__(group, sends, receives, tag)
+
+        def send(self) -> None:
+            self.late()
+            super().send()
+
+    ntp.bucket_sync.MarkedExchange = Hasty  # type: ignore[misc]
+
+
+def returned_to_another() -> None:
+    """A proxy returns the sum of one holder's piece to another holder."""
+
+    def swapped(group: Any, sends: Sequence[Message], receives: Any, tag: int) -> MarkedExchange:
+        sends = list(sends)
+        if tag == TO_HOLDER_TAG:
+            for size in {message.tensor.numel() for message in sends}:
+                alike = [i for i, message in enumerate(sends) if message.tensor.numel() == size]
+                peers = [sends[i].peer for i in reversed(alike)]
+                for i, peer in zip(alike, peers, strict=True):
+                    sends[i] = replace(sends[i], peer=peer)
+        return MarkedExchange(group, sends, receives, tag)
+
+    ntp.bucket_sync.MarkedExchange = swapped  # type: ignore[misc, assignment]
+
+
+def sent_after_one_pass() -> None:
+    """Gradients go when the first backward pass has added to them."""
+
+    def begin(self: Countdown, buckets: Any, passes: int) -> None:
+        original(self, buckets, 1)
+
+    def added(self: Countdown, name: str) -> range:
+        return original_added(self, name) if self._passes_left[name] else range(0)
+
+    original, original_added = Countdown.__init__, Countdown.added
+    Countdown.__init__ = begin  # type: ignore[method-assign]
+    Countdown.added = added  # type: ignore[method-assign]
+
+
+def buckets_out_of_order() -> None:
+    """One rank launches two buckets, alike in size, in the place of each other."""
+    alike = [(f"decoder.layers.{layer}.mlp.linear_fc2.weight",) for layer in (0, 1)]
+
+    def bind(self: GradientSync, gradients: Tensor) -> Any:
+        bound = original(self, gradients)
+        places = [i for i, bucket in enumerate(bound.buckets) if bucket.tensors in alike]
+        if self._slot != SlotRef(1, 1) or len(places) != len(alike):
+            return bound
+        syncs = list(bound.syncs)
+        for place, other in zip(places, reversed(places), strict=True):
+            syncs[place] = bound.syncs[other]
+        return replace(bound, syncs=tuple(syncs))
+
+    original = GradientSync._bind
+    GradientSync._bind = bind  # type: ignore[method-assign]
 
 
 TRAPS: dict[str, Callable[[], None]] = {
@@ -165,6 +237,10 @@ TRAPS: dict[str, Callable[[], None]] = {
         replicated_skipped,
         averaged_per_replica,
         piece_added_twice,
+        added_before_arrival,
+        returned_to_another,
+        sent_after_one_pass,
+        buckets_out_of_order,
     )
 }
 

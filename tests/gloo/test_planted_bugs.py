@@ -23,6 +23,10 @@ def sync(cluster: Cluster, trap: str | None) -> None:
     check_sync(cluster, layout_of(SHAPE, 4, *LAYOUTS["4+3"]), trap)
 
 
+def even_sync(cluster: Cluster, trap: str | None) -> None:
+    check_sync(cluster, layout_of(SHAPE, 4, *LAYOUTS["4+4"]), trap)
+
+
 def reshard(cluster: Cluster, trap: str | None) -> None:
     check_stages(cluster, stages_of(LOST), trap)
 
@@ -47,6 +51,10 @@ PLANTED: list[tuple[str, Check]] = [
     ("replicated_skipped", training),
     ("averaged_per_replica", training),
     ("piece_added_twice", sync),
+    ("added_before_arrival", sync),
+    ("returned_to_another", sync),
+    ("sent_after_one_pass", even_sync),
+    ("buckets_out_of_order", even_sync),
 ]
 
 

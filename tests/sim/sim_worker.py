@@ -33,7 +33,7 @@ from elastic.messages import (
 )
 from elastic.plan import Plan, StateSource
 from elastic.session import Session, StepPoint, standing
-from elastic.topology import Member
+from elastic.topology import Assignment, Coordinate, Member
 from ntp.atoms import Axis
 from ntp.geometry import SlotRef
 from ntp.groups import GroupAxis
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 REPLICATED = (None, 0)
 Piece = tuple[Axis | None, int]
 Values = dict[Piece, int]
-GroupKey = tuple[GroupAxis, int]
+GroupKey = tuple[GroupAxis, tuple[int, ...]]
 Thread = Generator[Wait, Any, None]
 
 
@@ -59,7 +59,7 @@ def mix(value: int, step: int, tokens: float) -> int:
 
 
 def pieces_owned(plan: Plan, slot: SlotRef) -> list[Piece]:
-    """Every piece that `slot` is to hold in the plan's layout."""
+    """Every piece that `slot` is to hold in the plan's layout, in each stage."""
     shards = plan.layout.replica(slot.replica).shards
     owned: list[Piece] = [REPLICATED]
     for axis in Axis:
@@ -86,7 +86,8 @@ class SimWorker:
         self.answered = 0
         self.pipe: deque[WorkerMessage] = deque()
         self.comms: dict[GroupKey, Comm] = {}
-        self.slot = SlotRef(0, 0)
+        self.place = Coordinate(0, 0, 0)
+        self._step_started = (0, 0)
         self._quiesce: Quiesce | None = None
         self._inbox: deque[AgentMessage] = deque()
         self._receiving: int | None = None
@@ -132,20 +133,28 @@ class SimWorker:
         while (plan := (yield from self._await_plan())) is not None:
             try:
                 yield from self._adopt(plan)
-                yield from self._run()
+                if self.plan is not None:
+                    yield from self._run()
             except (Broken, StepAborted) as error:
                 self._interrupted(error)
 
     def _run(self) -> Thread:
         paused = False
         while not paused and self.session.step < self.world.shape.steps:
-            tensor = self.comms[(GroupAxis.TENSOR, self.slot.replica)]
+            place = self.place
+            tensor = self.comms[GroupAxis.TENSOR, (place.replica, place.stage)]
+            pipeline = self.comms.get((GroupAxis.PIPELINE, (place.replica, place.slot)))
             self.session = self.session.start()
+            self._step_started = (self.generation, place.replica)
             self._in_model = True
             self.world.reached(self, "computing")
             yield tensor.join(None)
+            if pipeline is not None:
+                yield pipeline.join(None)
             yield self._sleep(0.5)
             yield tensor.join(None)
+            if pipeline is not None:
+                yield pipeline.join(None)
             self._in_model = False
             self._check()
             yield from self._synchronize()
@@ -161,17 +170,19 @@ class SimWorker:
 
     def _synchronize(self) -> Thread:
         assert self.plan is not None
-        if (home := self.comms.get((GroupAxis.HOME, self.slot.slot))) is not None:
+        place = self.place
+        if (home := self.comms.get((GroupAxis.HOME, (place.stage, place.slot)))) is not None:
             yield home.join(None)
         if any(replica.degree < self.plan.layout.tp_base for replica in self.plan.layout.replicas):
             # The exchange with the replicas where a slot is vacant.
-            yield self._world_group.join(None)
+            yield self._stage_group.join(None)
 
     def _vote(self) -> Generator[Wait, Any, tuple[float, ...]]:
         assert self.plan is not None
         layout = self.plan.layout
-        position = [r.replica for r in layout.replicas].index(self.slot.replica)
-        speaks = self.slot.slot == layout.replicas[position].active[0]
+        position = [r.replica for r in layout.replicas].index(self.place.replica)
+        first = self.place.slot == layout.replicas[position].active[0]
+        speaks = first and self.place.stage == 0
         pause = self._quiesce is not None and self._quiesce.generation > self.generation
         mine = (float(self.plan.batch_split[position]) if speaks else 0.0, float(pause))
         given = yield self._world_group.join(mine)
@@ -188,6 +199,11 @@ class SimWorker:
                     self._answer(quiesce)
                 case Adopt(adopted) if self.may_adopt(adopted, announced):
                     return adopted
+                case Adopt(plan) if plan.generation > self.generation and not self._takes_part(
+                    plan
+                ):
+                    announced = max(announced, plan.generation)
+                    self.leave()
                 case Stop():
                     return None
                 case _:
@@ -195,7 +211,7 @@ class SimWorker:
 
     def may_adopt(self, plan: Plan, announced: int) -> bool:
         """The guard of `Worker.await_plan`."""
-        return plan.generation >= announced and self._is_placed(plan)
+        return plan.generation >= announced and self._takes_part(plan)
 
     def _adopt(self, plan: Plan) -> Thread:
         self.world.check(
@@ -203,35 +219,40 @@ class SimWorker:
             f"{self.member} acts on plan {plan.generation}, overtaken by {self.answered}",
         )
         self.plan, self._in_model = plan, False
-        ranks = plan.ranks()
-        mine = next(a for a in plan.placement if a.member == self.member)
+        rank = [assignment.member for assignment in plan.participants].index(self.member)
+        donates = rank >= len(plan.placement)
         yield self._sleep(0.1)
         self._settle(plan)
-        self.slot = mine.coordinate.slot_ref
-        yield from self._build(plan, ranks[self.slot])
+        self.place = plan.participants[rank].coordinate
+        yield from self._build(plan, rank)
         self._check()
-        digests = yield self._world_group.join(plan.digest)
+        digests = yield self._meeting.join(plan.digest)
         self.world.check(len(set(digests.values())) == 1, "the ranks hold different plans")
         self._done(RecoveryPhase.REBUILD)
         yield from self._reshard(plan)
-        self.pending_generation = plan.generation
-        self.session = replace(self.session, committed=plan.resume_step - 1)
+        if not donates:
+            self.pending_generation = plan.generation
+            self.session = replace(self.session, committed=plan.resume_step - 1)
         self._done(RecoveryPhase.RESHARD)
-        yield self._world_group.join(None)
+        yield self._meeting.join(None)
+        if donates:
+            self._done(RecoveryPhase.RESUME)
+            self.leave()
+            return
         self._promote()
         self.layout_generation, self.pending_generation = plan.generation, 0
         self.world.check_values(self, plan)
         self._done(RecoveryPhase.RESUME)
 
     def _build(self, plan: Plan, rank: int) -> Thread:
-        kept = {(GroupAxis.TENSOR, replica) for replica in plan.kept_tensor_groups}
+        kept = self._replica_groups() if self.place.replica in plan.kept_replicas else {}
         for key in [key for key in self.comms if key not in kept]:
             self.comms.pop(key).sever(self.member)
         for spec in plan.groups:
             if rank not in spec.ranks:
                 continue
             key = (spec.axis, spec.index)
-            names = tuple(plan.placement[r].member for r in spec.ranks)
+            names = tuple(plan.participants[r].member for r in spec.ranks)
             if key in kept:
                 live = self.comms.get(key)
                 if live is None or not live.intact(self.member, names):
@@ -242,11 +263,16 @@ class SimWorker:
             self.comms[key] = yield comm.build(self.world.build_timeout)
 
     def _reshard(self, plan: Plan) -> Thread:
-        incoming = [move for move in plan.reshard.moves if move.target == self.slot]
-        placed = {a.coordinate.slot_ref: a.member for a in plan.placement}
+        moves = plan.reshard[self.place.stage].moves
+        incoming = [move for move in moves if move.target == self.slot]
+        placed = {
+            a.coordinate.slot_ref: a.member
+            for a in plan.participants
+            if a.coordinate.stage == self.place.stage
+        }
         after: Values = {}
         sent: dict[tuple[SlotRef, Piece], int] = {}
-        for move in plan.reshard.moves:
+        for move in moves:
             if move.source != self.slot:
                 continue
             atoms = range(move.atoms.start, move.atoms.stop) if move.atoms else range(1)
@@ -257,9 +283,13 @@ class SimWorker:
                 )
                 sent[(move.target, piece)] = self.values[piece]
         sources = frozenset(placed[move.source] for move in incoming)
-        received = yield self._world_group.exchange(sent, sources)
+        received = yield self._meeting.exchange(sent, sources)
+        if self.slot not in plan.layout.slots():
+            return
         if plan.state_source is StateSource.INITIALIZE:
-            after = {p: self.world.initial(p) for p in pieces_owned(plan, self.slot)}
+            after = {
+                p: self.world.initial(p, self.place.stage) for p in pieces_owned(plan, self.slot)
+            }
         elif self.values:
             assert plan.source_layout is not None
             after[REPLICATED] = self.values[REPLICATED]
@@ -275,6 +305,14 @@ class SimWorker:
 
     # What the training thread does between waits.
 
+    def leave(self) -> None:
+        """Others go on without this worker (`Worker.leave`)."""
+        for comm in self.comms.values():
+            comm.sever(self.member)
+        self.comms, self.values, self.pending = {}, {}, None
+        self.plan, self.session = None, Session()
+        self.layout_generation = self.pending_generation = 0
+
     def _settle(self, plan: Plan) -> None:
         if plan.source_generation and plan.source_generation == self.pending_generation:
             self._promote()
@@ -282,6 +320,8 @@ class SimWorker:
         else:
             self.pending = None
         self.pending_generation = 0
+        if self.member not in plan.survivors:
+            self.session, self.layout_generation = Session(), 0
         has_state = self.layout_generation > 0
         if not has_state:
             self.values = {}
@@ -313,11 +353,12 @@ class SimWorker:
         self.session = self.session.commit()
         self.world.check_committed(self)
         now = self.world.now
+        generation, replica = self._step_started
         self._send(
             StepDone(
-                generation=self.generation,
+                generation=generation,
                 member=self.member,
-                replica=self.slot.replica,
+                replica=replica,
                 step=step,
                 loss=0.0,
                 grad_norm=0.0,
@@ -326,6 +367,7 @@ class SimWorker:
                 sharded_digest=None,
                 replicated_digest=None,
                 started_at=now,
+                compute_seconds=0.5 + 0.3 * self.slot.replica,
                 at=now,
             )
         )
@@ -341,9 +383,11 @@ class SimWorker:
             held = standing(
                 self.slot, self.session, self.layout_generation, self.pending_generation
             )
-        key, names = self._tensor_group()
-        live = self.comms.get(key)
-        intact = bool(names) and live is not None and live.intact(self.member, names)
+        groups = self._replica_groups()
+        intact = bool(groups) and all(
+            (live := self.comms.get(key)) is not None and live.intact(self.member, names)
+            for key, names in groups.items()
+        )
         self._send(Quiesced(quiesce.generation, self.member, held, intact, self.world.now))
 
     def _interrupted(self, error: Exception) -> None:
@@ -375,21 +419,46 @@ class SimWorker:
 
     @property
     def _world_group(self) -> Comm:
-        return self.comms[(GroupAxis.WORLD, 0)]
+        return self.comms[GroupAxis.WORLD, ()]
 
-    def _is_placed(self, plan: Plan) -> bool:
-        return any(assignment.member == self.member for assignment in plan.placement)
+    @property
+    def _meeting(self) -> Comm:
+        return self.comms.get((GroupAxis.MEETING, ())) or self._world_group
 
-    def _tensor_group(self) -> tuple[GroupKey, tuple[Member, ...]]:
-        if self.plan is None or not self._is_placed(self.plan):
-            return (GroupAxis.TENSOR, -1), ()
-        replica = next(a.coordinate.replica for a in self.plan.placement if a.member == self.member)
-        names = tuple(a.member for a in self.plan.placement if a.coordinate.replica == replica)
-        return (GroupAxis.TENSOR, replica), names
+    @property
+    def _stage_group(self) -> Comm:
+        return self.comms.get((GroupAxis.STAGE, (self.place.stage,)), self._world_group)
+
+    @property
+    def slot(self) -> SlotRef:
+        """This worker's slot, as the geometry of its stage names it."""
+        return self.place.slot_ref
+
+    def _takes_part(self, plan: Plan) -> bool:
+        return any(assignment.member == self.member for assignment in plan.participants)
+
+    def _replica_mates(self) -> list[Assignment]:
+        if self.plan is None:
+            return []
+        mine = {a.coordinate.replica for a in self.plan.placement if a.member == self.member}
+        return [a for a in self.plan.placement if a.coordinate.replica in mine]
+
+    def _replica_groups(self) -> dict[GroupKey, tuple[Member, ...]]:
+        mates = self._replica_mates()
+        place = next((a.coordinate for a in mates if a.member == self.member), None)
+        if place is None:
+            return {}
+        tensor = tuple(a.member for a in mates if a.coordinate.stage == place.stage)
+        pipeline = tuple(a.member for a in mates if a.coordinate.slot == place.slot)
+        groups = {(GroupAxis.TENSOR, (place.replica, place.stage)): tensor}
+        if len(pipeline) > 1:
+            groups[GroupAxis.PIPELINE, (place.replica, place.slot)] = pipeline
+        return groups
 
     def _keepable(self, lost: tuple[Member, ...] = ()) -> frozenset[GroupKey]:
-        key, names = self._tensor_group()
-        return frozenset({key}) if names and not set(lost) & set(names) else frozenset()
+        if any(a.member in lost for a in self._replica_mates()):
+            return frozenset()
+        return frozenset(self._replica_groups())
 
     def _sever(self, keep: frozenset[GroupKey]) -> None:
         for key, comm in self.comms.items():

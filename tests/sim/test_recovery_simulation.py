@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from world import Ended, Violation, World
 from elastic import planner
 from elastic.membership import Membership
 from elastic.plan import Plan
+from elastic.planner import JobShape
 from elastic.session import Resume, Standing, StepPoint, decide_resume
-from elastic.topology import Member
+from elastic.topology import Coordinate, Member
 from ntp.geometry import SlotRef
 from ntp.reshard_plan import Move, ReshardPlan, plan_reshard
 
@@ -141,6 +142,23 @@ def test_a_tensor_group_kept_behind_the_vote_alone_is_found(
     monkeypatch.setattr(SimWorker, "may_keep", in_vote_alone)
     found = first_violation()
     assert found is not None and "is fenced, but works" in found.splitlines()[0]
+
+
+def test_a_worker_that_keeps_its_state_while_others_go_on_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SimWorker, "leave", lambda worker: None)
+    found = first_violation()
+    assert found is not None and "lacks a step the plan skips" in found.splitlines()[0]
+
+
+def test_a_slot_that_lacks_a_stage_but_is_active_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def any_stage(shape: JobShape, workers: Mapping[Coordinate, Member]) -> tuple[SlotRef, ...]:
+        return tuple(sorted({coordinate.slot_ref for coordinate in workers}))
+
+    monkeypatch.setattr(planner, "complete_slots", any_stage)
+    found = first_violation()
+    assert found is not None and "KeyError" in found.splitlines()[0]
 
 
 def test_a_fence_that_also_strikes_those_who_answered_is_found(

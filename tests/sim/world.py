@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from links import Comm
-from sim_worker import REPLICATED, GroupKey, Piece, SimWorker, mix, pieces_owned
+from sim_worker import REPLICATED, GroupKey, Piece, SimWorker, Values, mix, pieces_owned
 from strikes import Strike, new_strike
 
 from elastic.controller import Controller
@@ -40,6 +40,7 @@ from elastic.plan import Plan
 from elastic.planner import JobShape
 from elastic.session import SessionError
 from elastic.topology import DeviceId, Member
+from elastic.workload import SplitBatchBy
 from health.classify import ProcessExited, StoppedAnswering, classify
 from ntp.atoms import AtomCounts, AtomSizes, Axis
 
@@ -55,8 +56,8 @@ LIMITS = Limits(
     max_recoveries=200,
     max_fruitless_recoveries=50,
 )
-GRIDS = ((2, 2), (2, 2), (3, 2), (2, 3), (4, 2), (1, 3))
-"""Tensor-parallel degree and replicas."""
+GRIDS = ((2, 1, 2), (2, 1, 2), (3, 1, 2), (2, 1, 3), (4, 1, 2), (1, 1, 3), (2, 2, 2), (2, 3, 2))
+"""Tensor-parallel degree, pipeline stages and replicas."""
 
 
 class Violation(AssertionError):
@@ -102,23 +103,30 @@ class World:
         self.finished: Finish | None = None
         self.kept_groups_gone = 0
         rng = self.rng
-        tensor, replicas = rng.choice(GRIDS)
+        tensor, stages, replicas = rng.choice(GRIDS)
         self.shape = JobShape(
             counts=AtomCounts(4, rng.randint(4, 7), rng.randint(4, 6)),
-            sizes=AtomSizes(7, 3, 2, 5),
+            sizes=(AtomSizes(7, 3, 2, 5),) * stages,
             tensor=tensor,
+            stages=stages,
             replicas=replicas,
             global_batch_size=2 * rng.randint(replicas, 6),
             micro_batch_size=2,
             steps=rng.randint(6, 12),
+            split_batch_by=list(SplitBatchBy)[seed % len(SplitBatchBy)],
         )
         self._pieces: list[Piece] = [REPLICATED]
         self._pieces += [(a, i) for a in Axis for i in range(self.shape.counts.of(a))]
-        self._reference = [{piece: self.initial(piece) for piece in self._pieces}]
-        per_node = rng.choice((1, tensor, tensor * replicas))
-        devices = tuple(
-            DeviceId(rank // per_node, rank % per_node) for rank in range(tensor * replicas)
-        )
+        self._reference = [
+            {
+                (stage, piece): self.initial(piece, stage)
+                for stage in range(stages)
+                for piece in self._pieces
+            }
+        ]
+        size = tensor * stages * replicas
+        per_node = rng.choice((1, tensor, size))
+        devices = tuple(DeviceId(rank // per_node, rank % per_node) for rank in range(size))
         self._agents = {
             node: _Agent(node, tuple(d for d in devices if d.node == node))
             for node in sorted({device.node for device in devices})
@@ -194,10 +202,10 @@ class World:
         self.kept_groups_gone += 1
         self.tell("%s finds its kept group %s severed", worker.member, key)
 
-    def initial(self, piece: Piece) -> int:
+    def initial(self, piece: Piece, stage: int) -> int:
         """The value of a piece before the first step: different for every one."""
         axis, atom = piece
-        return mix(len(axis or "") * 1000 + atom, 0, 7.0)
+        return mix(stage * 100000 + len(axis or "") * 1000 + atom, 0, 7.0)
 
     def check_committed(self, worker: SimWorker) -> None:
         """After a commit: it is the next step of this process, and its values are right."""
@@ -226,8 +234,8 @@ class World:
             last = self._reference[-1]
             size = self.shape.global_batch_size
             self._reference.append({p: mix(v, step, size) for p, v in last.items()})
-        expected = self._reference[done]
-        wrong = [piece for piece, value in worker.values.items() if expected[piece] != value]
+        expected, stage = self._reference[done], worker.place.stage
+        wrong = [p for p, value in worker.values.items() if expected[stage, p] != value]
         self.check(
             not wrong, f"{worker.member} after step {done - 1}: {wrong} differ from the reference"
         )
@@ -378,7 +386,7 @@ class World:
     def _check_plan(self, plan: Plan) -> None:
         self.check(plan.generation not in self._plans, f"plan {plan.generation} is written twice")
         self._plans[plan.generation] = plan
-        placed = {assignment.member for assignment in plan.placement}
+        placed = {assignment.member for assignment in plan.participants}
         self.check(not placed & self._gone, f"failed {placed & self._gone} are placed")
         self.check(
             sum(plan.batch_split) == self.shape.global_batch_size,
@@ -414,18 +422,22 @@ class World:
                 for w in workers
                 if any(a.member == w.member for a in plan.placement)
                 and not w.dead
+                and w.layout_generation
                 and w.session.committed < last
             ]
             self.check(not behind, f"completed, but {behind} lack step {last}")
             return
         layout = max((worker.layout_generation for worker in workers), default=0)
-        held: set[Piece] = set()
+        held: set[tuple[int, Piece]] = set()
         for worker in workers:
+            values: Values = {}
             if layout and layout == worker.layout_generation:
-                held |= set(worker.values)
+                values = worker.values
             elif layout and layout == worker.pending_generation:
-                held |= set(worker.pending or ())
-        self.check(held != set(self._pieces), f"halted although all is held: {finished.reason}")
+                values = worker.pending or {}
+            held |= {(worker.place.stage, piece) for piece in values}
+        whole = held == set(self._reference[0]) and "no slot has a worker" not in finished.reason
+        self.check(not whole, f"halted although all is held: {finished.reason}")
 
     # Bad luck.
 

@@ -43,11 +43,12 @@ VOTE = (8.0, 0.0)
 SILENT_FIELDS = {"digest", "slots", "quiesced_at", "done_at", "moved_elements", "detected_at", "id"}
 
 
-def job_shape(tensor: int = 2, replicas: int = 2, steps: int = 10) -> JobShape:
+def job_shape(tensor: int = 2, replicas: int = 2, steps: int = 10, stages: int = 1) -> JobShape:
     return JobShape(
         counts=AtomCounts(4, 6, 5),
-        sizes=AtomSizes(7, 3, 2, 5),
+        sizes=(AtomSizes(7, 3, 2, 5),) * stages,
         tensor=tensor,
+        stages=stages,
         replicas=replicas,
         global_batch_size=8,
         micro_batch_size=2,
@@ -58,7 +59,9 @@ def job_shape(tensor: int = 2, replicas: int = 2, steps: int = 10) -> JobShape:
 def node_devices(shape: JobShape) -> tuple[DeviceId, ...]:
     """One node per replica."""
     return tuple(
-        DeviceId(node, index) for node in range(shape.replicas) for index in range(shape.tensor)
+        DeviceId(node, index)
+        for node in range(shape.replicas)
+        for index in range(shape.tensor * shape.stages)
     )
 
 
@@ -215,6 +218,7 @@ def step_done(generation: int, member: Member, step: int, at: float, **changes: 
         "sharded_digest": None,
         "replicated_digest": None,
         "started_at": at - 1,
+        "compute_seconds": 0.5,
         "at": at,
     }
     return StepDone(**(fields | changes))

@@ -89,6 +89,26 @@ def test_one_atom_of_each_axis() -> None:
     assert atom_counts(LLAMA) == AtomCounts(3, 20, 50)
 
 
+def test_a_model_has_the_axes_on_which_it_has_atoms() -> None:
+    assert AtomCounts(4, 16, 20).axes == (Axis.KV_GROUP, Axis.MLP_COLUMN, Axis.VOCAB_ROW)
+    assert AtomCounts(4, 0, 20, 8).axes == (Axis.KV_GROUP, Axis.VOCAB_ROW, Axis.EXPERT)
+    assert AtomCounts(4, 16, 20, 8).axes == tuple(Axis)
+    assert [AtomCounts(1, 2, 3, 4).of(axis) for axis in Axis] == [1, 2, 3, 4]
+
+
+def test_an_expert_is_an_atom() -> None:
+    # 6 experts of 20 columns: gate and up, and down; the router is replicated.
+    specs = (
+        TensorSpec("experts.linear_fc1.weight", Axis.EXPERT, (6, 2, 20, 16), 0, leading_dims=3),
+        TensorSpec("experts.linear_fc2.weight", Axis.EXPERT, (6, 16, 20), 0, leading_dims=2),
+        TensorSpec("router.weight", None, (6, 16), -1),
+    )
+    sizes = atom_elements_by_axis(specs)
+    assert sizes == AtomSizes(0, 0, 0, replicated=96, expert=3 * 20 * 16)
+    assert [sizes.of(axis) for axis in Axis] == [0, 0, 0, 960]
+    assert specs[0].parameter_shape(2) == (2 * 2 * 20, 16)
+
+
 def test_local_shapes_keep_the_interleaved_dimensions() -> None:
     specs = {spec.name: spec for spec in tensor_specs(replace(LLAMA, bias=True))}
     layer = "decoder.layers.1"

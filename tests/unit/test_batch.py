@@ -14,6 +14,7 @@ from trainer.batch import (
     combine,
     even_split,
     format_digest,
+    micro_batches,
     replica_samples,
     sample_digest,
     sample_offsets,
@@ -86,6 +87,20 @@ def test_replicas_take_every_sample_once_and_in_order(samples: list[int]) -> Non
     taken = [i for replica in range(len(samples)) for i in replica_samples(split, replica)]
     assert taken == list(range(split.global_batch_size))
     assert [len(replica_samples(split, r)) for r in range(len(samples))] == samples
+
+
+@given(start=st.integers(0, 9), samples=st.integers(0, 40), size=st.integers(1, 12))
+def test_microbatches_are_full_but_for_the_last(start: int, samples: int, size: int) -> None:
+    taken = range(start, start + samples)
+    cut = micro_batches(taken, size)
+    assert [index for each in cut for index in each] == list(taken)
+    assert all(len(each) == size for each in cut[:-1])
+    assert not cut or 1 <= len(cut[-1]) <= size
+
+
+def test_a_microbatch_without_samples_is_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batch_size is 0"):
+        micro_batches(range(4), 0)
 
 
 @given(batch=st.integers(1, 500), data=st.data())

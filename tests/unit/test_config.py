@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from elastic.config import ClusterConfig, HealthConfig, ParallelConfig, check_cluster
+from elastic.workload import SplitBatchBy
 from ntp.model_shape import ModelShape
 from trainer.config import ConfigError, RunConfig, load, model_shape
+from trainer.job import job_shape
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -104,6 +106,12 @@ def test_overrides_apply_in_order_and_make_missing_sections() -> None:
     assert config.data.path == "a=b.txt"
 
 
+def test_the_batch_need_not_divide_into_replicas_and_microbatches() -> None:
+    config = load(DEMO, ("train.global_batch_size=7", "train.split_batch_by=speed"))
+    assert job_shape(config).global_batch_size == 7
+    assert job_shape(config).split_batch_by is SplitBatchBy.SPEED
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -139,9 +147,9 @@ def test_unknown_settings_name_the_nearest_valid_one(override: str, expected: st
     ("overrides", "expected"),
     [
         (
-            ("train.global_batch_size=9",),
-            "train.global_batch_size: 9 is not a multiple of parallel.replicas (2) x"
-            " train.micro_batch_size (4) = 8; set it to 16",
+            ("train.global_batch_size=1",),
+            "train.global_batch_size: 1 samples cannot give each of parallel.replicas (2) at least"
+            " one; set it to 2 or more, or parallel.replicas to 1 or less",
         ),
         (
             ("model.num_query_groups=2",),
@@ -166,7 +174,14 @@ def test_unknown_settings_name_the_nearest_valid_one(override: str, expected: st
         ),
         (("data.kind=text",), "data.path: required when data.kind is text"),
         (("data.path=x",), "data.path: 'x' would be ignored, as data.kind is builtin_text"),
-        (("parallel.pipeline=2",), "cluster: parallel.pipeline is 2: pipeline stages are not"),
+        (
+            ("parallel.virtual_pipeline=2",),
+            "parallel.virtual_pipeline: 2 chunks need more than one stage; set it to 1, or",
+        ),
+        (
+            ("parallel.pipeline=2", "parallel.replicas=1", "model.num_layers=1"),
+            "model.num_layers: 1 layers cannot fill parallel.pipeline (2) x",
+        ),
         (("train.seq_length=0",), "train.seq_length: Input should be greater than or equal to 1"),
         (("train.steps=null",), "train.steps: Input should be a valid integer, not None"),
         (("job=My Job",), "job: String should match pattern"),
@@ -187,7 +202,7 @@ def test_a_problem_names_the_setting_the_numbers_and_the_remedy(
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    lines = problems("train.global_batch_size=9", "model.vocab_size=3", "parallel.replicas=3")
+    lines = problems("train.global_batch_size=2", "model.vocab_size=3", "parallel.replicas=3")
     names = [line.partition(":")[0] for line in lines]
     assert names == ["cluster", "model.vocab_size", "model.vocab_size", "train.global_batch_size"]
     assert [line.partition(":")[0] for line in problems("train.steps=x", "model.x=1")] == [

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import axes, histories, owners
 
 from ntp.atoms import AtomCounts, Axis
 from ntp.geometry import (
@@ -17,45 +18,12 @@ from ntp.geometry import (
     SlotRef,
     full_layout,
     heal,
-    intersect,
     merged,
-    subtract,
-    take,
     vacate,
     with_active,
 )
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
-
-
-@st.composite
-def histories(draw: st.DrawFn) -> list[ParallelLayout]:
-    """A full layout and what a random sequence of losses and returns makes of it."""
-    base = draw(st.integers(1, 8))
-    counts = AtomCounts(*(draw(st.integers(base, 64)) for _ in Axis))
-    replicas = draw(st.integers(1, 4))
-    history = [full_layout(counts, base, replicas)]
-    refs = st.builds(SlotRef, st.integers(0, replicas - 1), st.integers(0, base - 1))
-    for ref in draw(st.lists(refs, max_size=12)):
-        active = history[-1].replica(ref.replica).active
-        if ref.slot not in active:
-            history.append(heal(history[-1], ref))
-        elif len(active) > 1:
-            history.append(vacate(history[-1], ref))
-    return history
-
-
-def owners(replica: ReplicaLayout, axis: Axis) -> list[int]:
-    """Owner of each atom; fails where an atom has none or two."""
-    shards = replica.shards.axis(axis)
-    dense = [-1] * shards.atoms
-    for slot, pieces in enumerate(shards.owned):
-        for piece in pieces:
-            for atom in range(piece.start, piece.stop):
-                assert dense[atom] == -1
-                dense[atom] = slot
-    assert -1 not in dense
-    return dense
 
 
 def toggled(before: ParallelLayout, after: ParallelLayout) -> tuple[SlotRef, bool]:
@@ -69,7 +37,7 @@ def toggled(before: ParallelLayout, after: ParallelLayout) -> tuple[SlotRef, boo
 def test_owned_once_balanced_and_anchored(history: list[ParallelLayout]) -> None:
     for layout in history:
         for replica in layout.replicas:
-            for axis in Axis:
+            for axis in axes(layout):
                 dense = owners(replica, axis)
                 sizes = [dense.count(slot) for slot in replica.active]
                 assert sorted(set(dense)) == list(replica.active)
@@ -89,7 +57,7 @@ def test_only_lost_atoms_move_and_only_there(history: list[ParallelLayout]) -> N
             if replica.replica != changed.replica:
                 assert after.replica(replica.replica) is replica
             elif lost:
-                for axis in Axis:
+                for axis in axes(before):
                     for old, new in zip(
                         owners(replica, axis),
                         owners(after.replica(replica.replica), axis),
@@ -124,14 +92,14 @@ def test_any_change_of_active_slots_moves_least(
     slots = st.sets(st.integers(0, history[0].tp_base - 1), min_size=1)
     active = tuple(sorted(data.draw(slots)))
     changed = with_active(replica, active)
-    for axis in Axis:
+    for axis in axes(history[0]):
         before, after = owners(replica, axis), owners(changed, axis)
         sizes = [after.count(slot) for slot in active]
         assert sum(sizes) == len(after)
         assert max(sizes) - min(sizes) <= 1
         moved = sum(old != new for old, new in zip(before, after, strict=True))
         assert moved == fewest_moves(replica, axis, active)
-    assert with_active(changed, active) == changed
+    assert with_active(changed, active) is changed
 
 
 @PROPERTY
@@ -147,7 +115,7 @@ def test_healing_everything_restores_the_full_layout(history: list[ParallelLayou
 @given(histories())
 def test_offsets_and_holders(history: list[ParallelLayout]) -> None:
     for replica in history[-1].replicas:
-        for axis in Axis:
+        for axis in axes(history[0]):
             shards = replica.shards.axis(axis)
             dense = owners(replica, axis)
             for slot in replica.active:
@@ -168,28 +136,6 @@ def test_offsets_and_holders(history: list[ParallelLayout]) -> None:
 def test_layouts_survive_json(history: list[ParallelLayout]) -> None:
     encoded = msgspec.json.encode(history[-1])
     assert msgspec.json.decode(encoded, type=ParallelLayout) == history[-1]
-
-
-@PROPERTY
-@given(
-    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 6)), min_size=1, max_size=5),
-    st.integers(0, 30),
-)
-def test_range_helpers(pairs: list[tuple[int, int]], atoms: int) -> None:
-    first, *others = [Range(start, start + size) for start, size in pairs]
-    dense = set(range(first.start, first.stop))
-    holes = {atom for other in others for atom in range(other.start, other.stop)}
-    rest = subtract(first, others)
-    assert [a for p in rest for a in range(p.start, p.stop)] == sorted(dense - holes)
-    assert merged(reversed(rest)) == rest
-    for other in others:
-        common = intersect(first, other)
-        both = dense & set(range(other.start, other.stop))
-        assert (set(range(common.start, common.stop)) if common else set()) == both
-        assert first.contains(other) == (len(both) == len(other))
-    head, tail = take(rest, atoms)
-    assert merged((*head, *tail)) == rest
-    assert sum(map(len, head)) == min(atoms, sum(map(len, rest)))
 
 
 def test_homes_and_first_loss() -> None:
@@ -221,14 +167,52 @@ def test_user_mistakes_are_named() -> None:
         vacate(layout, SlotRef(0, 1))
     with pytest.raises(ValueError, match="ascending"):
         heal(layout, SlotRef(0, 2))
-    with pytest.raises(ValueError, match="empty"):
-        Range(4, 4)
+    with pytest.raises(ValueError, match="5 expert atoms cannot fill 6 slots"):
+        full_layout(AtomCounts(6, 6, 6, 5), 6, 1)
+    with pytest.raises(ValueError, match="one or more of"):
+        full_layout(AtomCounts(0, 0, 0), 1, 1)
+
+
+def test_a_model_has_the_axes_on_which_it_has_atoms() -> None:
+    dense = full_layout(AtomCounts(4, 10, 11), 4, 2).replicas[0].shards
+    sparse = full_layout(AtomCounts(4, 0, 11, 8), 4, 2).replicas[0].shards
+    assert [shards.axis for shards in dense.axes] == [*Axis][:3]
+    assert [shards.axis for shards in sparse.axes] == [Axis.KV_GROUP, Axis.VOCAB_ROW, Axis.EXPERT]
+    assert sparse.homes[2] == (Axis.EXPERT, tuple(Range(i, i + 2) for i in (0, 2, 4, 6)))
+    assert sparse.owned(Axis.MLP_COLUMN, 3) == ()
+    assert sparse.local_atoms(Axis.MLP_COLUMN, 3) == 0
+    with pytest.raises(ValueError, match="has no mlp_column atoms"):
+        sparse.axis(Axis.MLP_COLUMN)
+    with pytest.raises(ValueError, match="not inside one range"):
+        sparse.offset_of(Axis.MLP_COLUMN, 3, Range(0, 1))
+
+
+def test_replicas_are_found_by_number() -> None:
+    full = full_layout(AtomCounts(2, 2, 2), 2, 9)
+    some = replace(full, replicas=full.replicas[1:8:3])
+    assert [some.replica(number).replica for number in (1, 4, 7)] == [1, 4, 7]
+    for number in (0, 2, 8):
+        with pytest.raises(ValueError, match=f"no replica {number}"):
+            some.replica(number)
+
+
+@PROPERTY
+@given(histories())
+def test_unchanged_slots_keep_their_ranges(history: list[ParallelLayout]) -> None:
+    for before, after in pairwise(history):
+        for old, new in zip(before.replicas, after.replicas, strict=True):
+            for was, now in zip(old.shards.axes, new.shards.axes, strict=True):
+                assert was.home is now.home
+                for one, two in zip(was.owned, now.owned, strict=True):
+                    assert one is two or one != two
 
 
 @pytest.mark.parametrize(
     "owned",
     [
         ((Range(0, 2),), (Range(2, 4),), ()),  # atoms 4, 5 lost
+        ((Range(0, 2), Range(2, 3)), (), (Range(4, 6),)),  # atom 3 lost
+        ((Range(0, 2), Range(3, 4)), (), (Range(4, 6), Range(2, 4))),  # atom 3 twice
         ((Range(0, 2), Range(4, 6)), (Range(2, 4), Range(4, 5)), ()),  # atom 4 twice
         ((Range(4, 6), Range(0, 2)), (Range(2, 4),), ()),  # home not first
         ((Range(0, 2), Range(4, 5), Range(5, 6)), (Range(2, 4),), ()),  # not merged
@@ -242,13 +226,27 @@ def test_planted_faults_in_ownership_are_rejected(owned: tuple[tuple[Range, ...]
         AxisShards(Axis.KV_GROUP, home, owned)
 
 
+@pytest.mark.parametrize(
+    "home",
+    [
+        (Range(1, 2), Range(2, 4)),  # atom 0 has no home
+        (Range(0, 2), Range(3, 4)),  # atom 2 has none
+        (Range(2, 4), Range(0, 2)),  # not in order
+        (Range(0, 3), Range(2, 4)),  # atom 2 has two
+    ],
+)
+def test_homes_are_contiguous(home: tuple[Range, ...]) -> None:
+    with pytest.raises(ValueError, match="contiguous from atom 0"):
+        AxisShards(Axis.KV_GROUP, home, tuple((piece,) for piece in home))
+
+
 def test_planted_faults_in_layouts_are_rejected() -> None:
     layout = full_layout(AtomCounts(6, 6, 6), 3, 2)
     replica = layout.replicas[0]
     other = full_layout(AtomCounts(6, 7, 6), 3, 1).replicas[0]
     with pytest.raises(ValueError, match="active slots are"):
         replace(replica, active=(0, 1))
-    with pytest.raises(ValueError, match="in the order"):
+    with pytest.raises(ValueError, match="in this order"):
         replace(replica.shards, axes=replica.shards.axes[::-1])
     with pytest.raises(ValueError, match="tp_base"):
         replace(replica.shards, tp_base=4)

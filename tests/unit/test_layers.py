@@ -3,6 +3,8 @@
 Uneven shards of whole models are compared over real processes in tests/gloo.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,10 +13,15 @@ from torch import nn
 
 from ntp.atoms import Axis, TensorSpec
 from ntp.geometry import full_layout, with_active
-from ntp.layers import VocabularyCrossEntropy, _local_rows, bind_parameters
-from ntp.model_shape import ModelShape, atom_counts
+from ntp.layers import bind_parameters
+from ntp.megatron_cpu import prepare
+from ntp.megatron_layers import ModelNumerics, transformer_config
+from ntp.model_shape import ModelShape, atom_counts, tensor_specs
+from ntp.stages import Chunk, TransformerImplementation
+from ntp.vocabulary import VocabularyCrossEntropy, local_rows
 from trainer.shard_state import ShardState
 
+WHOLE = Chunk(0, 1, has_embedding=True, has_output=True)
 SHAPE = ModelShape(1, 8, 4, 4, 2, 11, 37, gated=True, bias=False, tied=False)
 
 
@@ -39,7 +46,7 @@ def test_every_token_id_has_one_row() -> None:
     layout = with_active(full_layout(atom_counts(SHAPE), 4, 1).replicas[0], (0, 1, 3))
     found = torch.zeros(SHAPE.vocab, dtype=torch.long)
     for slot in layout.active:
-        rows = _local_rows(layout.shards, slot, SHAPE.vocab)
+        rows = local_rows(layout.shards, slot, SHAPE.vocab)
         mine = [
             token
             for piece in layout.shards.owned(Axis.VOCAB_ROW, slot)
@@ -71,13 +78,23 @@ def test_cross_entropy_is_torchs(dtype: torch.dtype, tolerance: float) -> None:
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
 
 
-def bound(dtype: torch.dtype) -> tuple[nn.Linear, ShardState]:
+def bound(
+    dtype: torch.dtype, accumulated: Callable[[str], None] | None = None
+) -> tuple[nn.Linear, ShardState]:
     """A layer of one weight, bound to a state."""
     spec = TensorSpec("weight", Axis.MLP_COLUMN, (SHAPE.hidden, SHAPE.ffn), 1)
     layout = full_layout(atom_counts(SHAPE), 1, 1).replicas[0]
     state = ShardState([spec], layout, 0, dtype, torch.device("cpu"))
     layer = nn.Linear(SHAPE.ffn, SHAPE.hidden, bias=False, dtype=dtype)
-    bind_parameters(layer, state.shards, state.parameters, state.gradients)
+    layer.chunk = WHOLE
+    bind_parameters(
+        [layer],
+        state.shards,
+        state.parameters,
+        state.gradients,
+        TransformerImplementation.LOCAL,
+        accumulated,
+    )
     return layer, state
 
 
@@ -102,7 +119,54 @@ def test_gradients_accumulate_in_float32(dtype: torch.dtype) -> None:
 
 def test_a_parameter_without_a_place_is_refused() -> None:
     _, state = bound(torch.float32)
-    with pytest.raises(AssertionError, match="bias"):
-        bind_parameters(
-            nn.Linear(SHAPE.ffn, SHAPE.hidden), state.shards, state.parameters, state.gradients
-        )
+    layer = nn.Linear(SHAPE.ffn, SHAPE.hidden)
+    layer.chunk = WHOLE
+    with pytest.raises(AssertionError, match=r"without a tensor spec: \['bias'\]"):
+        bind_parameters([layer], state.shards, state.parameters, state.gradients)
+
+
+def test_a_tensor_without_a_parameter_is_refused() -> None:
+    _, state = bound(torch.float32)
+    with pytest.raises(AssertionError, match=r"without a parameter: \['weight'\]"):
+        bind_parameters([], state.shards, state.parameters, state.gradients)
+
+
+def test_every_accumulation_is_told() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        told: list[str] = []
+        layer, _ = bound(dtype, told.append)
+        for _ in range(2):
+            layer(torch.ones(1, SHAPE.ffn, dtype=dtype)).sum().backward()
+        assert told == ["weight", "weight"]
+
+
+def test_transformer_engine_keeps_megatrons_names() -> None:
+    """megatron-core maps its own names to Transformer Engine's in checkpoints: so do we."""
+    prepare()
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    renamed = get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
+    for spec in tensor_specs(SHAPE):
+        expected = spec.name
+        for apart, fused in renamed.items():
+            expected = expected.replace(apart, fused)
+        assert WHOLE.parameter_name(spec, TransformerImplementation.TRANSFORMER_ENGINE) == expected
+
+
+@pytest.mark.parametrize("active", [(0, 1, 3), (2,), (0, 1, 2, 3)])
+def test_megatron_divides_the_sizes_back_to_the_slots_own(active: tuple[int, ...]) -> None:
+    """Any layer that divides by the degree, Transformer Engine's too, builds the slot's shard."""
+    prepare()
+    layout = with_active(full_layout(atom_counts(SHAPE), 4, 1).replicas[0], active)
+    numerics = ModelNumerics(torch.float32, 16, sequence_parallel=True)
+    for slot in active:
+        local = {axis: layout.shards.local_atoms(axis, slot) for axis in Axis}
+        config = transformer_config(SHAPE, numerics, 1, local, len(active), torch.device("cpu"))
+        degree = config.tensor_model_parallel_size
+        for size, atoms in (
+            (config.ffn_hidden_size, local[Axis.MLP_COLUMN]),
+            (config.num_query_groups, local[Axis.KV_GROUP]),
+            (config.num_attention_heads, local[Axis.KV_GROUP] * SHAPE.heads_per_group),
+        ):
+            assert (size // degree, size % degree) == (atoms, 0)
+        assert config.sequence_parallel == (degree > 1)

@@ -23,7 +23,7 @@ def replica(base: int, active: tuple[int, ...]) -> ReplicaLayout:
 
 def state_of(layout: ReplicaLayout, slot: int, dtype: torch.dtype) -> ShardState:
     state = ShardState(SPECS, layout, slot, dtype, torch.device("cpu"))
-    initialize(state, 7, 0.3)
+    initialize(state, 7, 0.3, SHAPE.layers)
     return state
 
 

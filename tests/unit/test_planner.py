@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 from scenes import VOTE, committed, job_shape, node_devices, prepared
 
 from elastic.messages import Quiesced
+from elastic.pace import Pace
 from elastic.plan import Action, NoPlan, Plan, StateSource
 from elastic.planner import JobShape, Situation, home_devices, plan_generation, split_batch
 from elastic.session import Session, standing
 from elastic.topology import Coordinate, DeviceId, Member
+from elastic.workload import SplitBatchBy
 from ntp.geometry import full_layout
 
 SHAPE = job_shape()
@@ -77,7 +80,7 @@ def test_the_first_plan_initialises_everybody() -> None:
     plan = first_plan()
     assert plan.state_source is StateSource.INITIALIZE and plan.source_layout is None
     assert plan.layout == full_layout(SHAPE.counts, 2, 2)
-    assert (plan.resume_step, plan.reshard.moves, plan.kept_tensor_groups) == (0, (), ())
+    assert (plan.resume_step, plan.reshard[0].moves, plan.kept_replicas) == (0, (), ())
     assert "TP2+TP2" in plan.reason
 
 
@@ -85,9 +88,9 @@ def test_a_lost_slot_is_taken_over_by_its_replica_and_the_other_keeps_its_group(
     plan = next_plan(without((0, 1)), prepared(3))
     assert isinstance(plan, Plan)
     assert plan.action is Action.REDUCE_TP and plan.degrees() == ((1,), (2,))
-    assert plan.kept_tensor_groups == (1,)
-    assert {move.target.replica for move in plan.reshard.moves} == {0}
-    assert {(m.source.replica, m.source.slot) for m in plan.reshard.moves} == {(1, 1)}
+    assert plan.kept_replicas == (1,)
+    assert {move.target.replica for move in plan.reshard[0].moves} == {0}
+    assert {(m.source.replica, m.source.slot) for m in plan.reshard[0].moves} == {(1, 1)}
     assert (plan.resume_step, plan.redone, plan.apply_vote) == (3, True, None)
     assert "replica 0 slot 1 is vacant, replica 0 goes to TP1; step 3 is redone" in plan.reason
 
@@ -100,7 +103,7 @@ def test_a_group_that_a_member_calls_broken_is_not_kept() -> None:
         for place, m in alive.items()
     }
     plan = plan_generation(SHAPE, situation(alive, answers, first))
-    assert isinstance(plan, Plan) and plan.kept_tensor_groups == ()
+    assert isinstance(plan, Plan) and plan.kept_replicas == ()
 
 
 def test_a_vote_that_one_survivor_holds_is_given_to_all() -> None:
@@ -124,7 +127,7 @@ def test_a_returned_slot_takes_its_home_back_and_only_that_moves() -> None:
     plan = plan_generation(SHAPE, situation(alive, answers, first_plan(), reduced))
     assert isinstance(plan, Plan)
     assert plan.action is Action.GROW_TP and plan.layout == full_layout(SHAPE.counts, 2, 2)
-    assert {(m.target.replica, m.target.slot) for m in plan.reshard.moves} == {(0, 1)}
+    assert {(m.target.replica, m.target.slot) for m in plan.reshard[0].moves} == {(0, 1)}
     assert "replica 0 slot 1 returned, replica 0 goes to TP2" in plan.reason
 
 
@@ -133,16 +136,16 @@ def test_a_worker_replaced_in_place_gets_all_its_state_anew() -> None:
     plan = next_plan(alive, committed(3))
     assert isinstance(plan, Plan)
     assert plan.action is Action.CONTINUE and "1 workers replaced in place" in plan.reason
-    assert {(m.target.replica, m.target.slot) for m in plan.reshard.moves} == {(0, 1)}
-    assert any(move.axis is None for move in plan.reshard.moves)
-    assert plan.kept_tensor_groups == (1,)
+    assert {(m.target.replica, m.target.slot) for m in plan.reshard[0].moves} == {(0, 1)}
+    assert any(move.axis is None for move in plan.reshard[0].moves)
+    assert plan.kept_replicas == (1,)
 
 
 def test_a_replica_without_devices_is_dropped_and_its_batch_goes_to_the_others() -> None:
     plan = next_plan(without((1, 0), (1, 1)), committed(3))
     assert isinstance(plan, Plan)
     assert plan.action is Action.DROP_REPLICA and plan.batch_split == (8,)
-    assert plan.reshard.moves == () and "replica 1 has no device left" in plan.reason
+    assert plan.reshard[0].moves == () and "replica 1 has no slot left" in plan.reason
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def test_a_layout_that_one_survivor_passed_to_is_where_all_go_on_from() -> None:
     plan = plan_generation(SHAPE, situation(alive, answers, first, second))
     assert isinstance(plan, Plan)
     assert plan.source_generation == 2 and plan.source_layout == second.layout
-    assert plan.reshard.moves == ()
+    assert plan.reshard[0].moves == ()
     # Nobody passed: everybody goes back to the old layout, and the moves are made again.
     answers = {m: answer(second, m, committed(3), layout=1, pending=2) for m in alive.values()}
     plan = plan_generation(SHAPE, situation(alive, answers, first, second))
@@ -192,15 +195,51 @@ def test_a_contradiction_is_no_plan_rather_than_a_crash() -> None:
     assert isinstance(plan, NoPlan) and "step 3 was decided" in plan.reason
 
 
-@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 4))
-def test_the_batch_is_split_whole_and_as_evenly_as_it_divides(
-    replicas: int, extra: int, micro: int
+@given(st.integers(1, 6), st.integers(0, 12), st.sampled_from(SplitBatchBy))
+def test_at_full_strength_the_batch_is_split_as_evenly_as_it_divides(
+    replicas: int, extra: int, by: SplitBatchBy
 ) -> None:
-    batch = micro * (replicas + extra)
-    shape = JobShape(SHAPE.counts, SHAPE.sizes, 2, replicas, batch, micro, 5)
-    split = split_batch(shape, full_layout(shape.counts, 2, replicas))
-    assert sum(split) == batch and all(share % micro == 0 for share in split)
-    assert max(split) - min(split) <= micro and list(split) == sorted(split, reverse=True)
+    shape = replace(SHAPE, replicas=replicas, global_batch_size=replicas + extra, split_batch_by=by)
+    split = split_batch(shape, full_layout(shape.counts, 2, replicas), {})
+    assert sum(split) == replicas + extra and max(split) - min(split) <= 1
+    assert list(split) == sorted(split, reverse=True)
+
+
+def test_a_wounded_replica_takes_fewer_samples_and_the_plan_says_so() -> None:
+    plan = next_plan(without((0, 1)), committed(3))
+    assert isinstance(plan, Plan)
+    # TP1 beside TP2: 3 samples take its slot as long as 6 would take the others'.
+    assert plan.batch_split == (3, 5)
+    assert plan.reason.endswith("; step 4 follows; 3 to 5 samples a replica, by degree")
+    assert first_plan().reason.endswith("; 4 samples a replica")
+
+
+@pytest.mark.parametrize(
+    ("by", "paces", "split", "why"),
+    [
+        (SplitBatchBy.EQUAL, {}, (4, 4), "4 samples a replica"),
+        (SplitBatchBy.SPEED, {}, (3, 5), "3 to 5 samples a replica, by degree, as no speed"),
+        # Measured at TP2, replica 0 was three times as fast; at TP1 it is still ahead.
+        (SplitBatchBy.SPEED, {0: 1.0, 1: 3.0}, (5, 3), "3 to 5 samples a replica, by speed"),
+        (SplitBatchBy.SPEED, {0: 1.0}, (3, 5), "by speed"),
+        (SplitBatchBy.DEGREE, {0: 1.0, 1: 3.0}, (3, 5), "by degree"),
+    ],
+)
+def test_the_batch_follows_what_the_job_says(
+    by: SplitBatchBy, paces: dict[int, float], split: tuple[int, ...], why: str
+) -> None:
+    first = first_plan()
+    alive = without((0, 1))
+    answers = {m: answer(first, m, committed(3)) for m in alive.values()}
+    measured = {
+        replica: Pace(seconds, first.layout.replica(replica)) for replica, seconds in paces.items()
+    }
+    plan = plan_generation(
+        replace(SHAPE, split_batch_by=by),
+        replace(situation(alive, answers, first), paces=measured),
+    )
+    assert isinstance(plan, Plan)
+    assert plan.batch_split == split and why in plan.reason
 
 
 def test_the_digest_of_a_plan_depends_on_what_it_says() -> None:

@@ -1,0 +1,248 @@
+"""Forward and backward of a step's microbatches through the pipeline stages of one replica.
+
+The schedules are megatron-core's: one-forward-one-backward, and the interleaved one where a stage
+has several chunks. They talk through a `P2PCommunicator`; `PipelineLink` is one on a stable group,
+so that stages keep talking across recoveries that leave their replica whole.
+
+Known wrong case, guarded here. With two stages the next stage is also the previous one, and
+megatron-core's batched exchange posts the messages of both in one order on both sides: activations
+meet gradients, silently (two stages, two chunks, no overlap). `PipelineLink` gives each direction
+a tag of its own, and lists sends to the next stage first and receives from the previous stage
+first, which is what backends without tags match by. Its messages carry a header with their shape
+only while microbatches differ in size.
+
+The sequence is padded to a multiple of the degree where it is cut (sequence parallelism). Padding
+comes last and attention is causal, so no token sees it; its losses are dropped, so it has no
+gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from ntp.p2p import Message, exchange
+
+FORWARD_TAG = 8
+BACKWARD_TAG = 9
+TIED_TAG = 10
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Token ids and labels ``[batch, sequence]``."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+class ForwardBackward:
+    """Runs microbatches through the chunks of this stage.
+
+    `pipeline` has one rank per stage; None where there is a single stage. `group` is the
+    tensor-parallel group of this slot's stage.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        tensor_group: dist.ProcessGroup,
+        pipeline: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        self._chunks = list(chunks)
+        self._tensor_group = tensor_group
+        self._pipeline = pipeline
+        self._device = device
+        self._masks: dict[int, Tensor] = {}
+
+    def run(self, batches: Callable[[], Iterator[MicroBatch]], sizes: Sequence[int]) -> float:
+        """Accumulate the gradients of all microbatches; returns this stage's sum of token losses.
+
+        `batches` gives the microbatches from the first, once for each chunk; `sizes` are their
+        numbers of samples. The sum is 0 on all stages but the last.
+        """
+        if self._pipeline is None:
+            (model,) = self._chunks
+            return sum(self._one(model, batch) for batch in batches())
+        return self._scheduled(batches, sizes, self._pipeline)
+
+    def _one(self, model: nn.Module, batch: MicroBatch) -> float:
+        loss = self._forward(model, batch).sum()
+        loss.backward()
+        return float(loss.item())
+
+    def _forward(self, model: nn.Module, batch: MicroBatch) -> Tensor:
+        """Losses ``[batch, sequence]`` where the chunk has the output layer, else hidden states."""
+        length = batch.inputs.shape[1]
+        padding = self._padded(length) - length
+        inputs = functional.pad(batch.inputs, (0, padding))
+        labels = functional.pad(batch.labels, (0, padding))
+        positions, future = self._positions_and_mask(length + padding)
+        has_output = model.chunk.has_output  # type: ignore[union-attr]
+        output: Tensor = model(inputs, positions, future, labels=labels if has_output else None)
+        return output[:, :length] if has_output else output
+
+    def _padded(self, length: int) -> int:
+        config: Any = self._chunks[0].config
+        degree = self._tensor_group.size() if config.sequence_parallel else 1
+        return -(-length // degree) * degree
+
+    def _positions_and_mask(self, length: int) -> tuple[Tensor, Tensor]:
+        if length not in self._masks:
+            ones = torch.ones(1, 1, length, length, dtype=torch.bool, device=self._device)
+            self._masks[length] = torch.triu(ones, diagonal=1)
+        return torch.arange(length, device=self._device).unsqueeze(0), self._masks[length]
+
+    def _scheduled(
+        self,
+        batches: Callable[[], Iterator[MicroBatch]],
+        sizes: Sequence[int],
+        pipeline: dist.ProcessGroup,
+    ) -> float:
+        from megatron.core.pipeline_parallel import schedules
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        config: Any = self._chunks[0].config
+        chunks, stages, count = len(self._chunks), pipeline.size(), len(sizes)
+        same_size = len(set(sizes)) == 1
+        link = _pipeline_link_class()(pipeline, config, chunks, carries_shapes=not same_size)
+        alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]
+        length = next(batches()).inputs.shape[1]
+        arguments: dict[str, Any] = {
+            "forward_step_func": self._forward_step,
+            "num_microbatches": count,
+            "seq_length": self._padded(length),
+            "micro_batch_size": sizes[0],
+            "p2p_communicator": link,
+            "pg_collection": ProcessGroupCollection(
+                tp=self._tensor_group, cp=alone, embd=None, pos_embd=None, pp=pipeline, dp_cp=alone
+            ),
+        }
+        if chunks == 1:
+            run = schedules.forward_backward_pipelining_without_interleaving
+            losses = run(model=self._chunks[0], data_iterator=batches(), **arguments)
+        else:
+            for model in self._chunks:
+                model.config.virtual_pipeline_model_parallel_size = chunks  # type: ignore[union-attr]
+                # Groups of any other size may leave a rest that the schedule refuses.
+                model.config.microbatch_group_size_per_vp_stage = (  # type: ignore[union-attr]
+                    stages if count % stages == 0 else count
+                )
+            run = schedules.forward_backward_pipelining_with_interleaving
+            iterators = [batches() for _ in self._chunks]
+            losses = run(model=self._chunks, data_iterator=iterators, **arguments)
+        return float(sum(loss.item() for loss in losses))
+
+    def _forward_step(self, batches: Iterator[MicroBatch], model: nn.Module) -> tuple[Tensor, Any]:
+        """What megatron-core's schedules call: the chunk's output, and how to make a loss of it."""
+        batch = next(batches)
+
+        def sum_losses(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total = losses.sum()
+            return total, torch.tensor(losses.numel(), dtype=torch.int), total.detach()
+
+        return self._forward(model, batch), sum_losses
+
+
+def sum_tied(gradient: Tensor, pipeline: dist.ProcessGroup) -> None:
+    """Replace a contiguous `gradient` of the first and of the last stage by the sum of both.
+
+    A sum of two is the same bits on both sides, whichever comes first.
+    """
+    group: Any = pipeline
+    last = pipeline.size() - 1
+    if pipeline.rank() not in (0, last):
+        return
+    peer = last - pipeline.rank()
+    theirs = torch.empty_like(gradient)
+    exchange(group, [Message(peer, gradient)], [Message(peer, theirs)], TIED_TAG)
+    gradient += theirs
+
+
+def _pipeline_link_class() -> Any:
+    """megatron-core's P2PCommunicator on a stable group; made on call, as its import is slow."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    class PipelineLink(P2PCommunicator):  # type: ignore[misc]
+        """Exchanges activations and gradients with the neighbouring stages."""
+
+        def __init__(
+            self, pp_group: dist.ProcessGroup, config: Any, chunks: int, carries_shapes: bool
+        ) -> None:
+            # Not the parent's: that looks the group up in torch's registry.
+            self.pp_group = pp_group
+            self.config = config
+            self.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
+            self.next_rank = (pp_group.rank() + 1) % pp_group.size()
+            self.prev_rank = (pp_group.rank() - 1) % pp_group.size()
+            self._carries_shapes = carries_shapes
+
+        def _communicate(
+            self,
+            *,
+            tensor_send_next: Tensor | None,
+            tensor_send_prev: Tensor | None,
+            recv_prev: bool,
+            recv_next: bool,
+            tensor_shape: Sequence[int],
+            wait_on_reqs: bool = True,
+        ) -> tuple[Tensor | None, Tensor | None, None]:
+            """Tensors received from the previous and from the next stage, where asked for."""
+            assert wait_on_reqs, "the schedules are configured not to overlap their exchanges"
+            shapes = [tensor_shape, tensor_shape]
+            device = torch.cuda.current_device()
+            if self._carries_shapes:
+                headers = [
+                    None if tensor is None else torch.tensor(tensor.shape, device=device)
+                    for tensor in (tensor_send_next, tensor_send_prev)
+                ]
+                empty = [torch.empty(3, dtype=torch.long, device=device) for _ in range(2)]
+                self._swap(
+                    headers, [empty[0] if recv_prev else None, empty[1] if recv_next else None]
+                )
+                shapes = [header.tolist() for header in empty]
+            received = [
+                torch.empty(
+                    tuple(shape),
+                    requires_grad=True,
+                    device=device,
+                    dtype=self.config.pipeline_dtype,
+                )
+                if wanted
+                else None
+                for shape, wanted in zip(shapes, (recv_prev, recv_next), strict=True)
+            ]
+            self._swap([tensor_send_next, tensor_send_prev], received)
+            return received[0], received[1], None
+
+        def _swap(self, sends: list[Tensor | None], receives: list[Tensor | None]) -> None:
+            """Send to (next, previous) while receiving from (previous, next)."""
+            group: Any = self.pp_group
+            on_gpu = any(t is not None and t.is_cuda for t in (*sends, *receives))
+            if on_gpu:
+                group._start_coalescing(torch.device("cuda", torch.cuda.current_device()))
+            tags = (FORWARD_TAG, BACKWARD_TAG)
+            to, source = (self.next_rank, self.prev_rank), (self.prev_rank, self.next_rank)
+            pending = [
+                group.recv([tensor.detach()], rank, tag)
+                for tensor, rank, tag in zip(receives, source, tags, strict=True)
+                if tensor is not None
+            ]
+            pending += [
+                group.send([tensor.detach().contiguous()], rank, tag)
+                for tensor, rank, tag in zip(sends, to, tags, strict=True)
+                if tensor is not None
+            ]
+            if on_gpu:
+                pending = [group._end_coalescing(torch.device("cuda", torch.cuda.current_device()))]
+            for work in pending:
+                work.wait()
+
+    return PipelineLink

@@ -1,0 +1,69 @@
+"""Marked exchanges over real groups: what arrives, and what a lost peer leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from dense import SHAPE, layout_of
+from harness import Cluster, Mismatch, Rank
+
+from ntp.exchange import Message
+from ntp.marked_exchange import MarkedExchange
+from ntp.process_groups import ProcessGroups, is_connection_error
+
+BIG = 8 * 1024 * 1024
+"""Elements of a message that no socket takes at once."""
+
+
+def joined(rank: Rank) -> ProcessGroups:
+    layout = layout_of(SHAPE, 2, *[(0,)] * rank.size)
+    groups = rank.groups()
+    rank.adopt(groups, layout, layout.slots()[rank.rank])
+    return groups
+
+
+def everyone_to_everyone(rank: Rank) -> None:
+    """Several messages of several sizes between any two ranks, in two exchanges at once."""
+    groups = joined(rank)
+    others = [peer for peer in range(rank.size) if peer != rank.rank]
+    exchanges, arriving = [], []
+    for tag in (11, 12):
+        sends, receives = [], []
+        for peer in others:
+            for size in (1, 1000, 100_000):
+                value = tag * 1000 + size
+                sends.append(Message(peer, torch.full((size,), value + 10.0 * rank.rank)))
+                receives.append(Message(peer, torch.empty(size)))
+                arriving.append((receives[-1].tensor, value + 10.0 * peer))
+        exchanges.append(MarkedExchange(groups.world, sends, receives, tag))
+    for exchange in reversed(exchanges):
+        exchange.receive()
+    for tensor, value in arriving:
+        if not (tensor == value).all():
+            raise Mismatch(f"got {tensor.unique()} instead of {value}")
+    for exchange in exchanges:
+        exchange.send()
+
+
+def test_all_messages_are_there_when_their_marks_are(cluster: Cluster) -> None:
+    cluster.run(everyone_to_everyone, 3)
+
+
+def sender_dies(rank: Rank) -> None:
+    groups = joined(rank)
+    tensor = torch.zeros(BIG)
+    if rank.rank == 0:
+        MarkedExchange(groups.world, [Message(1, tensor)], [], 11)
+        os.kill(os.getpid(), signal.SIGKILL)
+    exchange = MarkedExchange(groups.world, [], [Message(0, tensor)], 11)
+    with pytest.raises(RuntimeError) as caught:
+        exchange.receive()
+    assert is_connection_error(caught.value)
+    assert "imed out" not in str(caught.value)
+
+
+def test_a_sender_lost_in_the_middle_of_a_message_is_noticed(cluster: Cluster) -> None:
+    cluster.run(sender_dies, 2, dies={0})
