@@ -27,17 +27,26 @@ from ntp.atoms import TensorSpec
 class Bucket:
     """Names of tensors whose gradients travel together, in the order in which backward ends.
 
-    `replicated`: whether all of them are replicated; otherwise none is.
+    `replicated`: whether all of them are replicated; otherwise none is. `turn`: the number by which
+    the shares of its proxies are dealt (see `ntp.sync_exchange`).
     """
 
     tensors: tuple[str, ...]
     replicated: bool
+    turn: int
 
 
 def plan_buckets(
-    specs: Sequence[TensorSpec], tp_base: int, element_bytes: int, bucket_bytes: int
+    specs: Sequence[TensorSpec],
+    tp_base: int,
+    element_bytes: int,
+    bucket_bytes: int,
+    apart: frozenset[str] = frozenset(),
 ) -> tuple[Bucket, ...]:
     """Cut tensors into buckets; each is closed once it has `bucket_bytes` at full degree.
+
+    Tensors named in `apart` have a bucket each, in turn 0. Two stages that hold the same tensor so
+    reduce it in the same way, whatever else they hold, and to the same bits.
 
     `specs` are in the order in which flat buffers have them, the tensor-parallel ones first, so
     that a bucket is one run of a buffer. Raises ValueError unless `bucket_bytes` is positive.
@@ -51,16 +60,20 @@ def plan_buckets(
     ]
     assert [replicated for replicated, _ in kinds] in ([], [False], [True], [False, True]), kinds
     for replicated, group in kinds:
-        names: list[str] = []
+        runs: list[list[str]] = [[]]
         size = 0
         for spec in reversed(group):
-            names.append(spec.name)
+            alone = spec.name in apart
+            if alone:
+                runs.append([])
+            runs[-1].append(spec.name)
             size += _share(spec, tp_base) * element_bytes
-            if size >= bucket_bytes:
-                buckets.append(Bucket(tuple(names), replicated))
-                names, size = [], 0
-        if names:
-            buckets.append(Bucket(tuple(names), replicated))
+            if alone or size >= bucket_bytes:
+                runs.append([])
+                size = 0
+        for run in filter(None, runs):
+            turn = 0 if run[0] in apart else len(buckets)
+            buckets.append(Bucket(tuple(run), replicated, turn))
     return tuple(buckets)
 
 

@@ -57,7 +57,8 @@ class GradientSync:
 
     `ranks` are those of `groups.stage`. `contributes_replicated`: whether this slot gives its
     replica's gradients of replicated tensors; one slot of each replica must. `bucket_bytes`: about
-    how many bytes of a slot at full degree travel together; the same on all ranks.
+    how many bytes of a slot at full degree travel together; the same on all ranks. `apart` names
+    tensors that another stage holds and reduces too, which must come to the same bits there.
 
     Per step: `begin`; `ready` for each tensor and backward pass; `finish`. After an error, or
     `abandon`, the groups must be built anew before the next step.
@@ -73,6 +74,7 @@ class GradientSync:
         groups: SyncGroups,
         contributes_replicated: bool,
         bucket_bytes: int,
+        apart: frozenset[str] = frozenset(),
     ) -> None:
         self._plan = plan
         self._layout = layout
@@ -82,6 +84,7 @@ class GradientSync:
         self._groups = groups
         self._contributes_replicated = contributes_replicated
         self._bucket_bytes = bucket_bytes
+        self._apart = apart
         self._bound: _Bound | None = None
         self._step: _Step | None = None
         # What others may not have received yet of the last step.
@@ -134,12 +137,14 @@ class GradientSync:
     def _bind(self, gradients: Tensor) -> _Bound:
         specs = [placement.spec for placement in self._shards.placements]
         element_bytes = gradients.element_size()
-        buckets = plan_buckets(specs, self._layout.tp_base, element_bytes, self._bucket_bytes)
-        syncs = tuple(self._sync_of(bucket, turn, gradients) for turn, bucket in enumerate(buckets))
+        buckets = plan_buckets(
+            specs, self._layout.tp_base, element_bytes, self._bucket_bytes, self._apart
+        )
+        syncs = tuple(self._sync_of(bucket, gradients) for bucket in buckets)
         stream = torch.cuda.Stream(gradients.device) if gradients.is_cuda else None
         return _Bound(gradients, buckets, syncs, stream)
 
-    def _sync_of(self, bucket: Bucket, turn: int, gradients: Tensor) -> BucketSync:
+    def _sync_of(self, bucket: Bucket, gradients: Tensor) -> BucketSync:
         if bucket.replicated:
             contributes = self._contributes_replicated
             return replicated_bucket(bucket, self._shards, gradients, self._groups, contributes)
@@ -147,7 +152,7 @@ class GradientSync:
             bucket,
             self._shards,
             gradients,
-            exchange_of(self._plan, self._layout, self._slot, turn),
+            exchange_of(self._plan, self._layout, self._slot, bucket.turn),
             self._ranks,
             self._groups,
             has_leaves=bool(self._plan.homes[self._slot.slot].leaves),

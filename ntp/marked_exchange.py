@@ -3,9 +3,10 @@
 Theory of operation. When a connection breaks, gloo wakes those who wait for an operation that has
 not begun. One that is partly through is forgotten: whoever waits for it learns nothing until a
 timeout of a minute passes, and severing the group does not wake it (measured with torch 2.13). So
-nobody here waits for a message while it may be on its way. A *mark*, one byte, follows all that one
-rank sends to another in an exchange, on the same connection. The receiver waits for the mark, and
-all the rest is there when it comes.
+nobody here waits for a long message while it may be on its way. A *mark*, one byte, follows all
+that one rank sends to another in an exchange, on the same connection. The receiver waits for the
+mark, and all the rest is there when it comes. Messages as short as `WHOLE_BYTES` are written in one
+go, like a mark, and have none.
 
 The sender has no such sign. It must wait for what it sent only when it knows otherwise that it was
 received, from an answer of the receiver for instance. `ntp.confirmed_exchange` gives receipts where
@@ -28,6 +29,11 @@ from ntp.exchange import Message, post
 
 MARK_TAG = 1 << 17
 """Added to the tag of an exchange for its marks; tags are below."""
+
+WHOLE_BYTES = 16 * 1024
+"""A message of at most so many bytes is taken to arrive as a whole or not at all. A mark behind
+each short message too would make a sync a third dearer where messages are small (measured with 12
+ranks on 2 cores: 36 instead of 28 ms of processor time)."""
 
 
 class MarkedExchange:
@@ -72,4 +78,5 @@ class MarkedExchange:
 
 
 def _marks(messages: Sequence[Message], byte: torch.Tensor) -> list[Message]:
-    return [Message(peer, byte) for peer in dict.fromkeys(message.peer for message in messages)]
+    peers = dict.fromkeys(m.peer for m in messages if m.tensor.nbytes > WHOLE_BYTES)
+    return [Message(peer, byte) for peer in peers]

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 from ntp.atoms import AtomSizes, Axis
 from ntp.geometry import ParallelLayout, ReplicaLayout, SlotRef
@@ -44,8 +44,7 @@ class NoHolder(ValueError):
         self.atoms = atoms
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(NamedTuple):
     """`target` lacks `atoms`, which belong to one home and lie in one range that it is to own."""
 
     target: SlotRef
@@ -135,7 +134,7 @@ def _from_own_replica(
                 if slot in alive:
                     near.append((need, slot, atoms))
                 else:
-                    left.append(replace(need, atoms=atoms))
+                    left.append(need._replace(atoms=atoms))
     received = Counter[SlotRef]()
     for need in needs if near else ():
         received[need.target] += _elements(need, sizes)
@@ -150,7 +149,7 @@ def _from_own_replica(
         if atoms.start < middle:
             shares.append((need, Range(atoms.start, middle), SlotRef(replica.replica, slot)))
         if middle < atoms.stop:
-            left.append(replace(need, atoms=Range(middle, atoms.stop)))
+            left.append(need._replace(atoms=Range(middle, atoms.stop)))
     return shares, left
 
 

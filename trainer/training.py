@@ -208,7 +208,7 @@ class Training:
     def _accumulated(self, name: str) -> None:
         """A backward pass added to the gradient of a tensor."""
         # A tied weight is complete only once its two stages' gradients are summed.
-        if name != EMBEDDING or not self._shape.tied or self._groups.pipeline is None:
+        if name != EMBEDDING or not self._is_tied_across_stages:
             self.current.sync.ready(name)
 
     def promote(self) -> None:
@@ -231,12 +231,13 @@ class Training:
         It comes before the boundary, as it is between stages of one replica: were it behind, a
         stage could wait for one that stopped at a lost replica.
         """
-        if self._shape.tied and self._groups.pipeline is not None:
+        pipeline = self._groups.pipeline
+        if self._is_tied_across_stages and pipeline is not None:
             state = self.current.state
             for placement in state.shards.placements:
                 if placement.spec.name == EMBEDDING:
                     gradient = state.shards.tensor(state.gradients, placement)
-                    sum_tied(gradient, self._groups.pipeline)
+                    sum_tied(gradient, pipeline)
 
     def release(self) -> None:
         """Forget all shards: others go on without this worker."""
@@ -262,6 +263,7 @@ class Training:
             SyncGroups(self._groups.stage, self._groups.home),
             contributes_replicated=place.slot == state.layout.active[0],
             bucket_bytes=train.gradient_bucket_bytes,
+            apart=frozenset({EMBEDDING}) if self._is_tied_across_stages else frozenset(),
         )
         settings = AdamSettings(
             train.adam_beta1, train.adam_beta2, train.adam_epsilon, train.weight_decay
@@ -278,6 +280,10 @@ class Training:
             adam=kept.adam if kept else Adam(state, settings),
             digest=kept.digest if kept else WeightsDigest(state, self._shape),
         )
+
+    @property
+    def _is_tied_across_stages(self) -> bool:
+        return self._shape.tied and self._config.parallel.pipeline > 1
 
     def _chunks_of(self, stage: int) -> tuple[Chunk, ...]:
         parallel = self._config.parallel

@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as functional
+from torch import Tensor, nn
 
 import ntp.bucket_sync
 import ntp.layers
+import ntp.pipeline
 import trainer.training
 from elastic.plan import Plan
 from ntp.atoms import Axis
@@ -23,10 +25,12 @@ from ntp.bundles import Bundle
 from ntp.exchange import Message
 from ntp.geometry import ShardMap, SlotRef
 from ntp.grad_sync import GradientSync
+from ntp.groups import Coordinate
 from ntp.local_shards import AtomRange, LocalShards, Placement
 from ntp.marked_exchange import MarkedExchange
+from ntp.pipeline import ForwardBackward, MicroBatch
 from trainer.shard_state import ShardState, initialize
-from trainer.training import Training
+from trainer.training import Generation, Training
 
 
 def _change_views(change: Callable[[LocalShards, Placement, Tensor, Tensor], Tensor]) -> None:
@@ -96,15 +100,15 @@ def vocabulary_shifted() -> None:
             part.copy_(part.roll(1))
         return rows
 
-    original = ntp.layers._local_rows
-    ntp.layers._local_rows = local_rows
+    original = ntp.layers.local_rows
+    ntp.layers.local_rows = local_rows
 
 
 def seeded_per_rank() -> None:
     """Every rank initialises with a seed of its own."""
 
-    def seeded(state: ShardState, seed: int, deviation: float) -> None:
-        initialize(state, seed + 10 * state.layout.replica + state.slot, deviation)
+    def seeded(state: ShardState, seed: int, *arguments: Any) -> None:
+        initialize(state, seed + 10 * state.layout.replica + state.slot, *arguments)
 
     trainer.training.initialize = seeded
 
@@ -131,21 +135,21 @@ def replicated_skipped() -> None:
 def averaged_per_replica() -> None:
     """Each replica averages over its own samples, and the averages are averaged."""
 
-    def new_sync(self: Training, plan: Plan, ranks: Any, slot: SlotRef, state: ShardState) -> Any:
-        sync = original(self, plan, ranks, slot, state)
+    def joined(self: Training, plan: Plan, place: Coordinate, *arguments: Any) -> Generation:
+        generation = original(self, plan, place, *arguments)
         numbers = [replica.replica for replica in plan.layout.replicas]
-        mine = plan.batch_split[numbers.index(slot.replica)]
+        mine = plan.batch_split[numbers.index(place.replica)]
         weight = sum(plan.batch_split) / len(numbers) / mine
-        run = sync.run
+        forward = generation.passes._forward
 
-        def weighted(gradients: Tensor, *arguments: Any, **named: Any) -> None:
-            run(gradients.mul_(weight), *arguments, **named)
+        def weighted(model: nn.Module, batch: MicroBatch) -> Tensor:
+            return forward(model, batch) * weight
 
-        sync.run = weighted  # type: ignore[method-assign]
-        return sync
+        generation.passes._forward = weighted  # type: ignore[method-assign]
+        return generation
 
-    original = Training._new_sync
-    Training._new_sync = new_sync  # type: ignore[method-assign]
+    original = Training._joined
+    Training._joined = joined  # type: ignore[method-assign]
 
 
 def piece_added_twice() -> None:
@@ -226,6 +230,51 @@ def buckets_out_of_order() -> None:
     GradientSync._bind = bind  # type: ignore[method-assign]
 
 
+def pipeline_directions_mixed() -> None:
+    """Both directions share a tag and are posted previous stage first, as megatron-core batches."""
+
+    def link_class() -> Any:
+        link = original()
+
+        def swap(self: Any, sends: list[Tensor | None], receives: list[Tensor | None]) -> None:
+            pending = []
+            for rank, sent, received in (
+                (self.prev_rank, sends[1], receives[0]),
+                (self.next_rank, sends[0], receives[1]),
+            ):
+                if sent is not None:
+                    pending.append(self.pp_group.send([sent.detach().contiguous()], rank, 1))
+                if received is not None:
+                    pending.append(self.pp_group.recv([received.detach()], rank, 1))
+            for work in pending:
+                work.wait()
+
+        link._swap = swap
+        return link
+
+    original = ntp.pipeline._pipeline_link_class
+    ntp.pipeline._pipeline_link_class = link_class
+
+
+def tied_gradients_apart() -> None:
+    """The two stages that hold a tied weight keep each its own gradient of it."""
+    trainer.training.sum_tied = lambda gradient, pipeline: None
+
+
+def sequence_padding_counted() -> None:
+    """The losses of padded positions count."""
+
+    def forward(self: ForwardBackward, model: Any, batch: MicroBatch) -> Tensor:
+        length = batch.inputs.shape[1]
+        padded = self._padded(length)
+        inputs = functional.pad(batch.inputs, (0, padded - length))
+        labels = functional.pad(batch.labels, (0, padded - length))
+        return original(self, model, MicroBatch(inputs, labels))
+
+    original = ForwardBackward._forward
+    ForwardBackward._forward = forward  # type: ignore[method-assign]
+
+
 TRAPS: dict[str, Callable[[], None]] = {
     trap.__name__: trap
     for trap in (
@@ -241,6 +290,9 @@ TRAPS: dict[str, Callable[[], None]] = {
         returned_to_another,
         sent_after_one_pass,
         buckets_out_of_order,
+        pipeline_directions_mixed,
+        tied_gradients_apart,
+        sequence_padding_counted,
     )
 }
 

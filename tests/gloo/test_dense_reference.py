@@ -14,12 +14,13 @@ from functools import cache
 from typing import Any
 
 import pytest
-from dense import relative_difference, whole
+from dense import relative_difference, same_bits, whole
 from harness import Cluster, Mismatch
-from story import Told, members_of, story, story_rank
+from story import Snapshot, Told, members_of, story, story_rank
 
 from elastic.topology import Coordinate
-from ntp.model_shape import tensor_specs
+from ntp.geometry import SlotRef
+from ntp.model_shape import EMBEDDING, tensor_specs
 from trainer.config import RunConfig, model_shape
 
 STEPS = 20
@@ -172,6 +173,7 @@ def check_case(cluster: Cluster, case: Case, trap: str | None = None) -> None:
         dense = next(snapshot for snapshot in wanted.snapshots if snapshot.step == step)
         shown = [snapshot for rank in told for snapshot in rank.snapshots if snapshot.step == step]
         assert len(shown) == len(chapter.plan.placement)
+        _check_tied_copies(shown)
         for what in ("gradients", "parameters"):
             for replica in chapter.plan.layout.replicas:
                 for stage in range(chapter.plan.stages):
@@ -192,6 +194,18 @@ def check_case(cluster: Cluster, case: Case, trap: str | None = None) -> None:
                                 f"step {step}: {what} of {name} in replica {replica.replica} "
                                 f"are off by {error:.1e}"
                             )
+
+
+def _check_tied_copies(shown: list[Snapshot]) -> None:
+    """A weight that two stages hold is the same bits in both, and so is its gradient."""
+    copies: dict[SlotRef, list[Snapshot]] = {}
+    for snapshot in shown:
+        if EMBEDDING in snapshot.parameters:
+            copies.setdefault(snapshot.place.slot_ref, []).append(snapshot)
+    for slot, of_slot in copies.items():
+        for what in ("gradients", "parameters"):
+            held = [{EMBEDDING: getattr(snapshot, what)[EMBEDDING]} for snapshot in of_slot]
+            same_bits(f"tied {what} of {slot}", held[0], held[-1])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,7 @@
 """Bugs of published implementations, planted on purpose: a check of this folder must see each.
 
-Run with ``-rP`` to see what was caught where.
+The list of what was caught, and by what, is printed at the end of the run. Traps of planning are
+planted in tests/unit, next to the checks that find them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import pytest
 from dense import SHAPE, layout_of
 from harness import Cluster, Mismatch
 from planted import TRAPS
+from test_dense_reference import CASES, check_case
 from test_gradient_sync import LAYOUTS, check_sync
 from test_reshard import LOST, check_stages, stages_of
 from test_training_equivalence import check_training
-from test_uneven_layers import ACTIVE, VARIANTS, check_layers
+from test_uneven_layers import ACTIVE, STAGED, VARIANTS, check_layers
 
 Check = Callable[[Cluster, str | None], None]
 
@@ -39,6 +41,17 @@ def training(cluster: Cluster, trap: str | None) -> None:
     check_training(cluster, {}, (3, 1), trap)
 
 
+def staged(name: str, active: tuple[int, ...]) -> Check:
+    def stages(cluster: Cluster, trap: str | None) -> None:
+        check_layers(cluster, STAGED[name], active, trap)
+
+    return stages
+
+
+def tied(cluster: Cluster, trap: str | None) -> None:
+    check_case(cluster, CASES["pp2_tied_sequence_parallel_recompute"], trap)
+
+
 PLANTED: list[tuple[str, Check]] = [
     ("row_parallel_flat_prefix", sync),
     ("row_parallel_flat_prefix", reshard),
@@ -55,16 +68,24 @@ PLANTED: list[tuple[str, Check]] = [
     ("returned_to_another", sync),
     ("sent_after_one_pass", even_sync),
     ("buckets_out_of_order", even_sync),
+    ("pipeline_directions_mixed", staged("pp2_interleaved", (0, 1))),
+    ("tied_gradients_apart", tied),
+    ("sequence_padding_counted", staged("sequence_parallel", (0, 2, 3))),
 ]
 
 
 @pytest.mark.parametrize(
     ("trap", "check"), PLANTED, ids=[f"{trap}-{check.__name__}" for trap, check in PLANTED]
 )
-def test_planted_bugs_are_caught(cluster: Cluster, trap: str, check: Check) -> None:
+def test_planted_bugs_are_caught(
+    cluster: Cluster,
+    trap: str,
+    check: Check,
+    record_property: Callable[[str, str], None],
+) -> None:
     with pytest.raises(Mismatch) as caught:
         check(cluster, trap)
-    print(f"{trap}, by {check.__name__}: {str(caught.value)[:300]}")
+    record_property("planted bug", f"{trap}, by {check.__name__}: {str(caught.value)[:120]}")
 
 
 def test_every_trap_is_planted() -> None:

@@ -117,7 +117,7 @@ def reshard_rank(
             )
         assert state is not None
         buffers = [named(state.shards, buffer) for buffer in state.persistent]
-        results.append(Held(buffers, *WeightsDigest(state).parts(), received))
+        results.append(Held(buffers, *WeightsDigest(state, SHAPE).parts(), received))
     return results
 
 
@@ -377,7 +377,8 @@ def test_a_small_reshard_is_one_message_per_pair(cluster: Cluster) -> None:
         assert sent == dict.fromkeys(pairs, 1)
 
 
-VICTIM = SlotRef(0, 2)
+VICTIM = SlotRef(1, 1)
+"""It sends to LOST when that returns."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,12 +144,16 @@ def test_a_tensor_group_kept_behind_the_vote_alone_is_found(
     assert found is not None and "is fenced, but works" in found.splitlines()[0]
 
 
-def test_a_worker_that_keeps_its_state_while_others_go_on_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(SimWorker, "leave", lambda worker: None)
+def test_a_fresh_worker_that_counts_as_a_survivor_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def everybody(
+        source: Plan | None, workers: Mapping[Coordinate, Member], standings: object
+    ) -> dict[Coordinate, Member]:
+        placed = {a.coordinate for a in source.placement} if source else set()
+        return {place: member for place, member in workers.items() if place in placed}
+
+    monkeypatch.setattr(planner, "_survivors", everybody)
     found = first_violation()
-    assert found is not None and "lacks a step the plan skips" in found.splitlines()[0]
+    assert found is not None and "to send" in found.splitlines()[0]
 
 
 def test_a_slot_that_lacks_a_stage_but_is_active_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

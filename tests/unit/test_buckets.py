@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ntp.atoms import Axis, TensorSpec
 from ntp.buckets import Bucket, Countdown, plan_buckets
 from ntp.model_shape import ModelShape, tensor_specs
+from ntp.stages import stage_chunks, stage_specs
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -57,13 +58,14 @@ def test_buckets_of_a_model() -> None:
     # At degree 2 in float32: embedding and output 2048 bytes each, fc1 2048, fc2 1024, qkv 1536,
     # proj 512; each norm 64.
     assert plan_buckets(_buffer_order(shape), 2, 4, 2500) == (
-        Bucket(("output_layer.weight", "decoder.layers.0.mlp.linear_fc2.weight"), False),
+        Bucket(("output_layer.weight", "decoder.layers.0.mlp.linear_fc2.weight"), False, 0),
         Bucket(
             (
                 "decoder.layers.0.mlp.linear_fc1.weight",
                 "decoder.layers.0.self_attention.linear_qkv.weight",
             ),
             False,
+            1,
         ),
         Bucket(
             (
@@ -71,6 +73,7 @@ def test_buckets_of_a_model() -> None:
                 "embedding.word_embeddings.weight",
             ),
             False,
+            2,
         ),
         Bucket(
             (
@@ -79,8 +82,24 @@ def test_buckets_of_a_model() -> None:
                 "decoder.layers.0.input_layernorm.weight",
             ),
             True,
+            3,
         ),
     )
+
+
+def test_a_tensor_of_two_stages_is_alone_and_has_the_same_turn_in_both() -> None:
+    shape = ModelShape(2, 16, 4, 4, 4, 32, 64, gated=True, bias=False, tied=True)
+    shared = frozenset({"embedding.word_embeddings.weight"})
+    found = []
+    for stage in range(2):
+        chunks = stage_chunks(2, 2, stage, 1)
+        specs = sorted(stage_specs(shape, chunks, False), key=lambda spec: spec.axis is None)
+        buckets = plan_buckets(specs, 2, 4, 1 << 20, shared)
+        found.append([bucket for bucket in buckets if shared & set(bucket.tensors)])
+        assert [name for b in buckets for name in b.tensors if not b.replicated] == [
+            spec.name for spec in reversed(specs) if spec.axis is not None
+        ]
+    assert found[0] == found[1] == [Bucket(tuple(shared), False, 0)]
 
 
 def _buffer_order(shape: ModelShape) -> list[TensorSpec]:
@@ -97,7 +116,7 @@ def reports(draw: st.DrawFn) -> tuple[list[Bucket], int, list[str]]:
     """Buckets, passes, and the reports of all passes, each pass in any order."""
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=6))
     buckets = [
-        Bucket(tuple(f"{index}.{i}" for i in range(size)), False)
+        Bucket(tuple(f"{index}.{i}" for i in range(size)), False, index)
         for index, size in enumerate(sizes)
     ]
     names = [name for bucket in buckets for name in bucket.tensors]
@@ -128,7 +147,7 @@ def test_a_bucket_goes_once_it_and_all_before_it_are_complete(
 
 
 def test_a_gradient_that_changes_after_its_last_pass_is_a_bug() -> None:
-    countdown = Countdown([Bucket(("a", "b"), False)], 2)
+    countdown = Countdown([Bucket(("a", "b"), False, 0)], 2)
     for _ in range(2):
         assert not countdown.added("a")
     with pytest.raises(AssertionError, match="a was added to after its last pass"):

@@ -91,6 +91,17 @@ def test_pack_takes_exactly_the_atoms(case: tuple[LocalShards, list[AtomRange]])
 
 @PROPERTY
 @given(shards_and_ranges())
+def test_runs_are_contiguous(case: tuple[LocalShards, list[AtomRange]]) -> None:
+    local, ranges = case
+    for atoms in ranges:
+        views = local.views(numbered(local), atoms)
+        for view, count in zip(views, local.runs(atoms[0]), strict=True):
+            runs = view.reshape(count, -1)
+            assert torch.equal(runs, runs[:, :1] + torch.arange(runs.shape[1]))
+
+
+@PROPERTY
+@given(shards_and_ranges())
 def test_unpack_writes_what_pack_took_and_nothing_else(
     case: tuple[LocalShards, list[AtomRange]],
 ) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scenes import VOTE, committed, job_shape, node_devices, prepared
 
+from elastic import planner
 from elastic.messages import Quiesced
 from elastic.pace import Pace
 from elastic.plan import Action, NoPlan, Plan, StateSource
-from elastic.planner import JobShape, Situation, home_devices, plan_generation, split_batch
+from elastic.planner import (
+    JobShape,
+    Situation,
+    complete_slots,
+    home_devices,
+    plan_generation,
+    split_batch,
+)
 from elastic.session import Session, standing
 from elastic.topology import Coordinate, DeviceId, Member
 from elastic.workload import SplitBatchBy
-from ntp.geometry import full_layout
+from ntp.geometry import SlotRef, full_layout
 
 SHAPE = job_shape()
 
@@ -257,3 +266,25 @@ def test_newcomers_that_received_but_never_switched_do_not_crash_the_planner() -
     }
     outcome = plan_generation(SHAPE, situation(fresh, answers, first_plan()))
     assert isinstance(outcome, Plan | NoPlan)
+
+
+def test_parity_padding_is_caught(
+    monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, str], None]
+) -> None:
+    """Megatron's parity: all replicas reduced alike, which throws healthy devices away."""
+
+    def idle(plan: Plan | NoPlan) -> set[Member]:
+        assert isinstance(plan, Plan)
+        return set(alive.values()) - {assignment.member for assignment in plan.placement}
+
+    def padded(shape: JobShape, workers: Mapping[Coordinate, Member]) -> tuple[SlotRef, ...]:
+        whole = complete_slots(shape, workers)
+        degree = min(Counter(ref.replica for ref in whole).values())
+        return tuple(ref for ref in whole if ref.slot < degree)
+
+    alive = without((0, 1))
+    assert not idle(plan_generation(SHAPE, situation(alive, {})))
+    monkeypatch.setattr(planner, "complete_slots", padded)
+    wasted = idle(plan_generation(SHAPE, situation(alive, {})))
+    assert len(wasted) == 1
+    record_property("planted bug", f"parity_padding, by test_planner: {len(wasted)} worker idles")
