@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import DEMO_CONFIG, progress, run_everstep, run_main, scratch_folder
-from trainer.config import RunConfig, load
+from trainer.config import RunConfig
+from trainer.config_file import load
 
 TARGET_RATIO = 0.97
 DROPPED_STEPS = 5

@@ -42,7 +42,7 @@ from benchmarks.common import (
     scratch_folder,
 )
 from benchmarks.torchrun_driver import CHECKPOINT_STEPS, Kill, run_torchrun, torchrun_steps
-from trainer.config import load
+from trainer.config_file import load
 
 TARGET_SECONDS = 1.0
 TARGET_WORKERS = 8

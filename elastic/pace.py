@@ -43,13 +43,14 @@ class PaceLog:
     def take(self, report: StepDone) -> None:
         """Add one report."""
         plan = self._plans.get(report.generation)
-        if plan is None or report.step <= plan.resume_step:
+        numbers = [replica.replica for replica in plan.layout.replicas] if plan else []
+        if plan is None or report.step <= plan.resume_step or report.replica not in numbers:
             return
         steps = self._seconds.setdefault(report.replica, {})
         attempt = (report.generation, report.step)
         seconds = steps.setdefault(attempt, {})
         seconds[report.member] = report.compute_seconds
-        position = [replica.replica for replica in plan.layout.replicas].index(report.replica)
+        position = numbers.index(report.replica)
         layout = plan.layout.replicas[position]
         if len(seconds) < layout.degree * plan.stages:
             return

@@ -11,9 +11,9 @@ replica have all of its tokens anyway (with sequence parallelism: after the gath
 tensor-parallel layer begins with). So every slot routes all tokens, all alike, runs the ones that
 are routed to its own experts, and the slots' outputs are summed as those of a tensor-parallel MLP
 are: the same collectives and bytes, at any degree, whoever owns what. The price is that each token
-visits each slot. With many experts on a large group most slots do nothing for most tokens, and
-sending a token only to the `top_k` slots that have its experts (all-to-all) moves less from about
-`degree` > 2 `top_k` on; that is not built.
+visits each slot. With many experts on a large group most slots do nothing for most tokens. Sending
+a token only to the slots that have its experts (all-to-all) moves `top_k` / (degree - 1) of the
+bytes at most, so it is better for degrees above `top_k` + 1; that is not built.
 
 There is no capacity and no auxiliary loss, no token is dropped, and nothing is drawn: what a token
 gets depends on this token alone, whatever else is in the batch and whoever owns the experts. Slots

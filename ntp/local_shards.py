@@ -6,8 +6,8 @@ with the replicated ones. Two things follow. The optimizer and the weights' dige
 operations on long vectors instead of hundreds on short ones; and the home atoms of a slot that
 adopted nothing are one contiguous slice, so its gradient all-reduce needs no packing.
 
-``views`` is the only place that knows where atoms lie. It hands out, for any atoms that the slot
-owns, one strided view per tensor of their axis; packing, resharding and digests are written on it.
+``view`` is the only place that knows where atoms lie. It hands out a strided view of any atoms that
+the slot owns in a tensor; resharding and gradient sync are written on it.
 """
 
 from __future__ import annotations
@@ -68,11 +68,6 @@ class LocalShards:
             (axis.axis, atoms) for axis in self._shards.axes for atoms in axis.owned[self.slot]
         )
 
-    @property
-    def home_only(self) -> bool:
-        """Whether the slot owns exactly its home atoms, which then fill ``[:sharded]`` in order."""
-        return self.home() == self.owned()
-
     def tensor(self, flat: torch.Tensor, placement: Placement) -> torch.Tensor:
         """View of one tensor in `flat`, in its split local shape."""
         size = prod(placement.shape)
@@ -109,62 +104,10 @@ class LocalShards:
         ]
 
     def elements(self, ranges: Iterable[AtomRange]) -> int:
-        """Elements that `pack` of the same ranges yields."""
+        """Elements of the views of `ranges`, together."""
         return sum(
             placement.spec.elements(0 if atoms is None else len(atoms))
             for axis, atoms in ranges
             for placement in self.placements
             if placement.spec.axis is axis
         )
-
-    def pack(self, flat: torch.Tensor, ranges: Iterable[AtomRange]) -> torch.Tensor:
-        """Contiguous copy of the elements of `ranges`: range by range, tensor by tensor."""
-        parts = [view.reshape(-1) for atoms in ranges for view in self.views(flat, atoms)]
-        return torch.cat(parts) if parts else flat.new_empty(0)
-
-    def pack_home(self, flat: torch.Tensor) -> torch.Tensor:
-        """The home atoms, tensor by tensor: a view where the slot is `home_only`, else a copy.
-
-        Every replica's slot lays its home atoms out alike here, whatever else it owns.
-        """
-        if self.home_only:
-            return flat[: self.sharded]
-        return torch.cat([view.reshape(-1) for view in self._home_views(flat)])
-
-    def unpack_home(self, flat: torch.Tensor, packed: torch.Tensor) -> None:
-        """Write `packed`, which came from `pack_home`, back; nothing to do where it is a view."""
-        if not self.home_only:
-            _fill(self._home_views(flat), packed)
-
-    def unpack(self, flat: torch.Tensor, ranges: Iterable[AtomRange], packed: torch.Tensor) -> None:
-        """Inverse of `pack`: overwrite the elements of `ranges`."""
-        _fill([view for atoms in ranges for view in self.views(flat, atoms)], packed)
-
-    def add(self, flat: torch.Tensor, ranges: Iterable[AtomRange], packed: torch.Tensor) -> None:
-        """Add `packed`, laid out as `pack` would, to the elements of `ranges`."""
-        offset = 0
-        for view in (view for atoms in ranges for view in self.views(flat, atoms)):
-            view += packed[offset : offset + view.numel()].view(view.shape)
-            offset += view.numel()
-        assert offset == packed.numel(), (offset, packed.numel())
-
-    def _home_views(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        home = dict(self.home())
-        views = []
-        for placement in self.placements:
-            axis = placement.spec.axis
-            if axis is not None:
-                # The home range always comes first in the local tensor.
-                length = len(home[axis] or ())
-                views.append(
-                    self.tensor(flat, placement).narrow(placement.spec.atom_dim, 0, length)
-                )
-        return views
-
-
-def _fill(views: Iterable[torch.Tensor], packed: torch.Tensor) -> None:
-    offset = 0
-    for view in views:
-        view.copy_(packed[offset : offset + view.numel()].view(view.shape))
-        offset += view.numel()
-    assert offset == packed.numel(), (offset, packed.numel())

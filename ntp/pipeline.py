@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from ntp.p2p import Message, exchange
+from ntp.exchange import Message, exchange
 
 FORWARD_TAG = 8
 BACKWARD_TAG = 9

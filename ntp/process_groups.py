@@ -41,7 +41,7 @@ STAR_LIMIT_BYTES = 4 * 1024 * 1024
 `benchmarks/all_reduce.py` measures where the ring overtakes."""
 
 STAR_TAG = 1 << 20
-"""Tag of the star's messages; the exchanges of `ntp.p2p` stay below it."""
+"""Tag of the star's messages; the exchanges of `ntp.exchange` stay below it."""
 
 GroupKey = tuple[GroupAxis, tuple[int, ...]]
 

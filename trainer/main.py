@@ -149,7 +149,7 @@ def plan(
 
     from elastic.forecast import failed_places, forecast
     from elastic.plan import NoPlan
-    from trainer.config import ConfigError, load
+    from trainer.config_file import ConfigError, load
     from trainer.job import cluster_devices, element_bytes, job_shape
     from trainer.plan_svg import draw
     from trainer.plan_view import render
@@ -188,7 +188,7 @@ def _load(
     config: Path, overrides: list[str], faults: Path | None
 ) -> tuple[RunConfig, tuple[Fault, ...]]:
     from elastic.faults import FaultsError, check_faults, load_faults
-    from trainer.config import ConfigError, load
+    from trainer.config_file import ConfigError, load
 
     try:
         loaded = load(config, overrides)

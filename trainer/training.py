@@ -32,6 +32,7 @@ from ntp.stages import (
     stage_chunks,
     stage_specs,
 )
+from ntp.state_chunks import Limits
 from ntp.sync_plan import plan_sync
 from trainer.batch import format_digest
 from trainer.config import RunConfig, model_shape
@@ -202,8 +203,13 @@ class Training:
         kept: Sequence[AtomRange],
     ) -> None:
         """Run the moves of this stage, between the ranks of the meeting."""
+        config = self._config
+        limits = Limits(
+            chunk_bytes=config.train.reshard_chunk_bytes,
+            timeout_seconds=config.health.collective_timeout_seconds,
+        )
         moves, ranks = plan.reshard[place.stage], plan.meeting_ranks(place.stage)
-        reshard(moves, place.slot_ref, ranks, self._groups.meeting, source, target, kept)
+        reshard(moves, place.slot_ref, ranks, self._groups.meeting, source, target, kept, limits)
 
     def _accumulated(self, name: str) -> None:
         """A backward pass added to the gradient of a tensor."""

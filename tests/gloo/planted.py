@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from ntp.exchange import Message
 from ntp.geometry import ShardMap, SlotRef
 from ntp.grad_sync import GradientSync
 from ntp.groups import Coordinate
-from ntp.local_shards import AtomRange, LocalShards, Placement
+from ntp.local_shards import LocalShards, Placement
 from ntp.marked_exchange import MarkedExchange
 from ntp.pipeline import ForwardBackward, MicroBatch
 from trainer.shard_state import ShardState, initialize
@@ -81,13 +80,6 @@ def group_cut() -> None:
         return view.narrow(1, 0, channels.shape[2])
 
     _change_views(change)
-    # What is not moved stays what a fresh buffer holds, so the sizes have to agree with it.
-
-    def elements(self: LocalShards, ranges: Iterable[AtomRange]) -> int:
-        probe = torch.empty(self.total)
-        return sum(view.numel() for atoms in ranges for view in self.views(probe, atoms))
-
-    LocalShards.elements = elements  # type: ignore[method-assign]
 
 
 def vocabulary_shifted() -> None:

@@ -20,7 +20,7 @@ from harness import Cluster, Rank
 from planted import plant
 from torch import Tensor
 
-from ntp import process_groups
+from ntp import bundles, marked_exchange, process_groups
 from ntp.atoms import TensorSpec
 from ntp.geometry import ParallelLayout, SlotRef, vacate
 from ntp.grad_sync import GradientSync, SyncGroups
@@ -142,12 +142,13 @@ def sync_rank(
     layout: ParallelLayout,
     value: Value,
     drills: tuple[Drill, ...],
-    star_limit: int | None,
+    as_if_large: bool,
     trap: str | None,
 ) -> list[dict[str, Tensor]]:
     plant(trap)
-    if star_limit is not None:
-        process_groups.STAR_LIMIT_BYTES = star_limit
+    if as_if_large:
+        process_groups.STAR_LIMIT_BYTES = marked_exchange.WHOLE_BYTES = 0
+        bundles.OWN_MESSAGE_BYTES = 200
     slot = Slot(layout, layout.slots()[rank.rank])
     groups = rank.groups()
     ranks = rank.adopt(groups, layout, slot.slot)
@@ -170,12 +171,12 @@ def run_sync(
     layout: ParallelLayout,
     value: Value,
     drills: tuple[Drill, ...],
-    star_limit: int | None = None,
+    as_if_large: bool = False,
     trap: str | None = None,
 ) -> list[dict[SlotRef, dict[str, Tensor]]]:
     """Reduced gradients of every slot after each drill."""
     slots = layout.slots()
-    results = cluster.run(sync_rank, len(slots), layout, value, drills, star_limit, trap)
+    results = cluster.run(sync_rank, len(slots), layout, value, drills, as_if_large, trap)
     return [dict(zip(slots, after, strict=True)) for after in zip(*results, strict=True)]
 
 
@@ -194,16 +195,16 @@ def check_sync(
     cluster: Cluster,
     layout: ParallelLayout,
     trap: str | None = None,
-    star_limit: int | None = None,
+    as_if_large: bool = False,
 ) -> None:
     """Raise Mismatch unless every slot ends each step with exactly its part of the dense sum."""
     drills = (
-        Drill(step=0, bucket_bytes=TINY, times=2),
-        Drill(step=1, bucket_bytes=ONE),
+        Drill(step=0, bucket_bytes=TINY),
+        Drill(step=1, bucket_bytes=ONE, times=2),
         Drill(step=2, bucket_bytes=SOME),
         Drill(step=3, bucket_bytes=TINY, unreported=0.1),
     )
-    results = run_sync(cluster, layout, integers, drills, star_limit, trap)
+    results = run_sync(cluster, layout, integers, drills, as_if_large, trap)
     for drill, got in zip(drills, results, strict=True):
         check_step(layout, got, drill.step)
 
@@ -213,9 +214,9 @@ def test_sum_is_exact_on_every_slot(cluster: Cluster, name: str) -> None:
     check_sync(cluster, layout_of(SHAPE, 4, *LAYOUTS[name]))
 
 
-@pytest.mark.parametrize("name", ["4+3", "1+2"])
-def test_sum_is_exact_in_shares(cluster: Cluster, name: str) -> None:
-    check_sync(cluster, layout_of(SHAPE, 4, *LAYOUTS[name]), star_limit=0)
+@pytest.mark.parametrize("name", ["4+3", "1+2", "same_slot_in_two_of_three"])
+def test_sum_of_large_tensors_is_exact(cluster: Cluster, name: str) -> None:
+    check_sync(cluster, layout_of(SHAPE, 4, *LAYOUTS[name]), as_if_large=True)
 
 
 @pytest.mark.parametrize("name", ["same_slot_in_two_of_three", "vacant_in_all_three"])

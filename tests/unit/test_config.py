@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from elastic.config import ClusterConfig, HealthConfig, ParallelConfig, check_cluster
 from elastic.workload import SplitBatchBy
 from ntp.model_shape import ModelShape
-from trainer.config import ConfigError, RunConfig, load, model_shape
+from trainer.config import RunConfig, model_shape
+from trainer.config_file import ConfigError, load
 from trainer.job import job_shape
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"

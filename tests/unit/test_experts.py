@@ -29,7 +29,8 @@ from ntp.geometry import Range, SlotRef, full_layout, with_active
 from ntp.megatron_cpu import prepare
 from ntp.megatron_layers import ModelNumerics, transformer_config
 from ntp.model_shape import ModelShape, atom_counts, tensor_specs
-from trainer.config import ConfigError, RunConfig, load, model_shape
+from trainer.config import RunConfig, model_shape
+from trainer.config_file import ConfigError, load
 from trainer.job import job_shape
 from trainer.shard_state import ShardState, initialize
 

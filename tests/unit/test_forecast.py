@@ -18,7 +18,8 @@ from elastic.topology import Coordinate, DeviceId
 from ntp.atoms import AtomCounts, AtomSizes
 from ntp.geometry import SlotRef
 from ntp.model_shape import tensor_specs
-from trainer.config import load, model_shape
+from trainer.config import model_shape
+from trainer.config_file import load
 from trainer.job import cluster_devices, element_bytes
 from trainer.job import job_shape as shape_of
 from trainer.optim import Adam, AdamSettings

@@ -1,4 +1,4 @@
-"""LocalShards against numbered elements: what is packed, written and added, and where."""
+"""LocalShards against numbered elements: which ones its views show."""
 
 import pytest
 import torch
@@ -80,13 +80,31 @@ def _held(local: LocalShards, axis: Axis | None) -> int:
     return sum(len(piece) for kind, piece in local.owned() if kind is axis and piece is not None)
 
 
+def seen(local: LocalShards, ranges: list[AtomRange]) -> list[float]:
+    """Numbers of the elements in the views of `ranges`."""
+    flat = numbered(local)
+    views = [view for atoms in ranges for view in local.views(flat, atoms)]
+    return [number for view in views for number in view.reshape(-1).tolist()]
+
+
 @PROPERTY
 @given(shards_and_ranges())
-def test_pack_takes_exactly_the_atoms(case: tuple[LocalShards, list[AtomRange]]) -> None:
+def test_views_show_exactly_the_atoms(case: tuple[LocalShards, list[AtomRange]]) -> None:
     local, ranges = case
-    packed = local.pack(numbered(local), ranges)
-    assert packed.tolist() == expected(local, ranges)
-    assert local.elements(ranges) == packed.numel()
+    assert seen(local, ranges) == expected(local, ranges)
+    assert local.elements(ranges) == len(seen(local, ranges))
+
+
+@PROPERTY
+@given(shards_and_ranges())
+def test_views_write_through(case: tuple[LocalShards, list[AtomRange]]) -> None:
+    local, ranges = case
+    flat, wanted = numbered(local), numbered(local)
+    wanted[torch.tensor(expected(local, ranges), dtype=torch.long)] = -1.0
+    for atoms in ranges:
+        for view in local.views(flat, atoms):
+            view.fill_(-1.0)
+    assert torch.equal(flat, wanted)
 
 
 @PROPERTY
@@ -101,71 +119,28 @@ def test_runs_are_contiguous(case: tuple[LocalShards, list[AtomRange]]) -> None:
 
 
 @PROPERTY
-@given(shards_and_ranges())
-def test_unpack_writes_what_pack_took_and_nothing_else(
-    case: tuple[LocalShards, list[AtomRange]],
-) -> None:
-    local, ranges = case
-    flat = numbered(local)
-    packed = local.pack(flat, ranges)
-    target = torch.full_like(flat, -1)
-    local.unpack(target, ranges, packed)
-    taken = torch.zeros_like(flat, dtype=torch.bool)
-    taken[packed.long()] = True
-    assert torch.equal(target, torch.where(taken, flat, -1.0))
-
-
-@PROPERTY
-@given(shards_and_ranges())
-def test_add_adds_once(case: tuple[LocalShards, list[AtomRange]]) -> None:
-    local, ranges = case
-    flat = numbered(local)
-    packed = local.pack(flat, ranges)
-    target = torch.ones_like(flat)
-    local.add(target, ranges, packed)
-    wanted = torch.ones_like(flat)
-    wanted[packed.long()] += packed
-    assert torch.equal(target, wanted)
-
-
-@PROPERTY
 @given(shards())
-def test_home_is_packed_by_tensor_whatever_else_is_owned(local: LocalShards) -> None:
-    flat = numbered(local)
-    packed = local.pack_home(flat)
-    home = dict(local.home())
-    by_tensor = [
-        value
-        for placement in local.placements
-        if (axis := placement.spec.axis) is not None
-        for value in expected(local, [(axis, home[axis])])
-        if placement.offset
-        <= value
-        < placement.offset + placement.spec.elements(_held(local, axis))
-    ]
-    assert packed.tolist() == by_tensor
-    local.unpack_home(flat, packed.clone() + 1)
-    changed = flat - numbered(local)
-    assert set(changed.nonzero().flatten().tolist()) == (
-        set() if local.home_only else {int(value) for value in by_tensor}
-    )
+def test_a_slot_that_adopted_nothing_has_its_home_in_one_run(local: LocalShards) -> None:
+    if local.home() == local.owned():
+        flat = numbered(local)
+        homes = dict(local.home())
+        tensors = [p for p in local.placements if p.spec.axis is not None]
+        views = [local.view(flat, p, homes[p.spec.axis]) for p in tensors]
+        run = [number for view in views for number in view.reshape(-1).tolist()]
+        assert run == list(range(local.sharded))
 
 
 @PROPERTY
 @given(shards())
 def test_everything_owned_and_replicated_is_the_whole_buffer(local: LocalShards) -> None:
-    packed = local.pack(numbered(local), [*local.owned(), REPLICATED])
-    assert sorted(packed.tolist()) == numbered(local).tolist()
+    everything = seen(local, [*local.owned(), REPLICATED])
+    assert sorted(everything) == numbered(local).tolist()
     assert local.elements(local.owned()) == local.sharded
 
 
-def test_a_message_of_the_wrong_size_is_refused() -> None:
+def test_atoms_of_another_slot_are_refused() -> None:
     shape = ModelShape(1, 4, 2, 2, 2, 5, 7, gated=True, bias=False, tied=True)
     layout = full_layout(atom_counts(shape), 2, 1).replicas[0]
     local = LocalShards(tensor_specs(shape), layout.shards, 0)
-    flat = numbered(local)
-    for write in (local.unpack, local.add):
-        with pytest.raises(AssertionError):
-            write(flat, [REPLICATED], local.pack(flat, [REPLICATED]).new_zeros(99))
     with pytest.raises(ValueError, match="not inside one range"):
-        local.pack(flat, [(Axis.VOCAB_ROW, Range(6, 7))])
+        local.views(numbered(local), (Axis.VOCAB_ROW, Range(6, 7)))

@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 
 from elastic.forecast import Forecast, failed_places, forecast
 from ntp.ranges import Range
-from trainer.config import RunConfig, load
+from trainer.config import RunConfig
+from trainer.config_file import load
 from trainer.job import cluster_devices, element_bytes, job_shape
 from trainer.main import app
 from trainer.plan_svg import draw
