@@ -35,11 +35,14 @@ check: $(STAMP) ## Check formatting, lint, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## Measure recovery time, overhead, small all-reduces, and moving shards
+bench: $(STAMP) ## Measure recovery, overhead, resharding, uneven replicas and all-reduces
+	$(BIN)/python -m benchmarks.uneven
+	$(BIN)/python -m benchmarks.reshard
+	$(BIN)/python -m benchmarks.uneven_step
+	$(BIN)/python -m benchmarks.gradient_sync
 	$(BIN)/python -m benchmarks.recovery
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.all_reduce
-	$(BIN)/python -m benchmarks.reshard
 
 clean: ## Remove runs and caches; keeps .venv
 	rm -rf runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.common import DEMO_CONFIG, progress, run_main, scratch_folder
 from benchmarks.ranks import run_ranks
-from trainer.config import load
+from trainer.config_file import load
 
 if TYPE_CHECKING:
     from benchmarks.sync_job import Cost
@@ -43,7 +43,7 @@ def main() -> None:
         parser.error("--rounds and --steps must be at least 1")
 
     # Only here, as this loads torch, which the parser's --help should not wait for.
-    from benchmarks.sync_job import WITHOUT, Cost, measure, ways_of
+    from benchmarks.sync_job import WITHOUT, measure, ways_of
 
     config = load(DEMO_CONFIG, ())
     jobs: dict[str, dict[str, Cost]] = {}

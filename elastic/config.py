@@ -103,10 +103,11 @@ class HealthConfig(Settings):
         "generation is rebuilt without a culprit.",
     )
     quiesce_timeout_seconds: float = Field(
-        default=30.0,
+        default=45.0,
         gt=0,
         description="Seconds the survivors of a failure may take to stop at a step boundary; must "
-        "be longer than a step. Whoever takes longer is killed.",
+        "be longer than a step. Whoever takes longer is killed; keep it above "
+        "collective_timeout_seconds, as gloo may not notice sooner that a message stopped midway.",
     )
     rebuild_timeout_seconds: float = Field(
         default=10.0,
@@ -114,7 +115,7 @@ class HealthConfig(Settings):
         description="Seconds the members may take to build the communicators of a generation.",
     )
     collective_timeout_seconds: float = Field(
-        default=60.0,
+        default=30.0,
         gt=0,
         description="Seconds one collective of a training step may take before it counts as hung.",
     )

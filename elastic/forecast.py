@@ -6,7 +6,8 @@ Everything else is read off these two plans.
 
 Throughput is that of a model: a step takes as long as the slowest replica needs for its samples,
 and a sample as long as the work of the replica's most loaded slot (see `elastic.workload`).
-Communication and pipeline bubbles are left out, and all devices are taken to be equally fast.
+Communication, a pipeline's bubble and the rounding to whole microbatches are left out, and all
+devices are taken to be equally fast.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastic.apportion import apportion
 from elastic.messages import Quiesced
 from elastic.plan import NoPlan, Plan
 from elastic.planner import JobShape, Situation, home_devices, plan_generation
-from elastic.session import Session, standing
+from elastic.session import Session, decide_resume, standing
 from elastic.topology import Coordinate, DeviceId, Member
 from elastic.workload import replica_works, slot_work
 from ntp.atoms import AtomSizes
@@ -163,13 +164,16 @@ def forecast(
     assert isinstance(before, Plan), before
     lost = set(failed)
     left = {place: member for place, member in workers.items() if place not in lost}
-    answers = {
-        member: Quiesced(2, member, standing(place.slot_ref, Session(0), 1, 0), True, 0.0)
-        for place, member in left.items()
+    standings = {
+        member: standing(place.slot_ref, Session(0), 1, 0) for place, member in left.items()
     }
+    answers = {member: Quiesced(2, member, each, True, 0.0) for member, each in standings.items()}
     after = plan_generation(shape, Situation(2, left, answers, {1: before}, ""))
     if isinstance(after, NoPlan):
         return after
+    # The step at which all stopped is made up, so what the reason says of it would mislead.
+    resume = decide_resume(list(standings.values()))
+    after = replace(after, reason=after.reason.replace(f"{resume.reason}; ", ""))
     return Forecast(
         shape=shape,
         failed=tuple(failed),
@@ -264,8 +268,8 @@ def _throughput(shape: JobShape, before: Plan, after: Plan) -> Throughput:
         if replica.degree == shape.tensor
     ]
     at_full_strength = _slowest(before.batch_split, full)
-    equal = apportion(shape.global_batch_size, (1,) * len(works))
-    alone = apportion(shape.global_batch_size, whole) if whole else ()
+    equal = apportion(shape.global_batch_size, (1,) * len(works), shape.least_share)
+    alone = apportion(shape.global_batch_size, whole, shape.least_share) if whole else ()
     return Throughput(
         planned=at_full_strength / _slowest(after.batch_split, works),
         equal_split=at_full_strength / _slowest(equal, works),

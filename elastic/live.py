@@ -27,9 +27,7 @@ RECENT_EVENTS = 6
 
 
 @contextlib.contextmanager
-def view(
-    console: Console, title: str, parallel: ParallelConfig, steps: int
-) -> Iterator[Listener]:
+def view(console: Console, title: str, parallel: ParallelConfig, steps: int) -> Iterator[Listener]:
     """A listener to give to the recorder; shows the job until the block ends."""
     if not console.is_terminal:
         yield _Lines(console, title, steps).listen

@@ -34,7 +34,8 @@ from ntp.sync_plan import plan_sync
 class JobShape:
     """What a plan needs to know of the job: the model in atoms, the grid, the batch, its length.
 
-    `sizes` are those of each pipeline stage, whose number is `stages`.
+    `sizes` are those of each pipeline stage, whose number is `stages`. `least_share`: samples that
+    each replica must take.
     """
 
     counts: AtomCounts
@@ -46,6 +47,7 @@ class JobShape:
     micro_batch_size: int
     steps: int
     split_batch_by: SplitBatchBy = SplitBatchBy.DEGREE
+    least_share: int = 1
 
 
 def home_devices(shape: JobShape, devices: Sequence[DeviceId]) -> dict[DeviceId, Coordinate]:
@@ -112,9 +114,9 @@ def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
         survivors = _survivors(source, situation.workers, standings)
         reshard = _reshard(shape, source, layout, survivors)
     except NoHolder as error:
-        return NoPlan(f"{error}: nobody holds this state any more, and no checkpoint is configured")
+        return NoPlan(f"{error}, and there are no checkpoints")
     placement = _placement(shape, layout, situation.workers)
-    donors = _donors(layout, reshard, situation.workers)
+    donors = _donors(layout, survivors)
     batch_split = split_batch(shape, layout, situation.paces)
     division = split_reason(shape.split_batch_by, batch_split, situation.paces)
     previous = situation.history[max(situation.history)] if situation.history else None
@@ -147,9 +149,9 @@ def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
 def split_batch(
     shape: JobShape, layout: ParallelLayout, paces: Mapping[int, Pace]
 ) -> tuple[int, ...]:
-    """Samples per replica of `layout`, so that all are done as early as can be; 1 or more each."""
+    """Samples per replica of `layout`, so that all are done as early as can be."""
     costs = sample_costs(shape.split_batch_by, layout, shape.sizes, paces)
-    return apportion(shape.global_batch_size, costs)
+    return apportion(shape.global_batch_size, costs, shape.least_share)
 
 
 def _standings(situation: Situation) -> dict[Member, Standing]:
@@ -228,30 +230,31 @@ def _reshard(
     plans: list[ReshardPlan] = []
     for stage in range(shape.stages):
         living = frozenset(place.slot_ref for place in survivors if place.stage == stage)
-        if living not in known:
+        placed = living & active
+        if placed not in known:
             try:
-                moves = plan_reshard(source.layout, layout, living & active, sizes)
+                known[placed] = plan_reshard(source.layout, layout, placed, sizes)
             except NoHolder:
-                moves = plan_reshard(source.layout, layout, living, sizes)
-            known[living] = moves
-        plans.append(known[living])
+                plans.append(plan_reshard(source.layout, layout, living, sizes))
+                continue
+        plans.append(known[placed])
     return tuple(plans)
 
 
 def _donors(
-    layout: ParallelLayout,
-    reshard: Sequence[ReshardPlan],
-    workers: Mapping[Coordinate, Member],
+    layout: ParallelLayout, survivors: Mapping[Coordinate, Member]
 ) -> tuple[Assignment, ...]:
-    """Workers that send and have no place."""
+    """Survivors that lose their place.
+
+    All of them, also those that need not send: what they hold may be the last copy if another
+    worker is lost before everybody has switched.
+    """
     active = set(layout.slots())
-    sending = {
-        Coordinate(move.source.replica, stage, move.source.slot)
-        for stage, plan in enumerate(reshard)
-        for move in plan.moves
-        if move.source not in active
-    }
-    return tuple(Assignment(coordinate, workers[coordinate]) for coordinate in sorted(sending))
+    return tuple(
+        Assignment(place, member)
+        for place, member in sorted(survivors.items())
+        if place.slot_ref not in active
+    )
 
 
 def _placement(

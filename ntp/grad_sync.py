@@ -20,11 +20,10 @@ raises it.
 
 - NCCL: waiting orders streams and does not hold up the process. So a launched bucket is enqueued
   with all its steps, on a stream of its own beside that of backward.
-- gloo: waiting blocks, and messages cannot be polled. So backward overlaps with what a launch
-  starts (the whole ring of a large bucket; every contribution to a proxy or to the first rank of a
-  star), and the later steps are taken in `finish`, each for all buckets before the next one, so
-  that their bytes travel together. Taking them in hooks too gained nothing where it was measured
-  (see `ntp.all_reduce`).
+- gloo: waiting blocks, and messages cannot be polled. So backward overlaps with what launches send:
+  the pieces for proxies, and the parts of all-reduces that need no pieces; half of all bytes. The
+  later steps are taken in `finish`, each for all buckets before the next one, so that their bytes
+  travel together. Taking them in hooks too gained nothing (measured, see `ntp.all_reduce`).
 
 Nobody waits in vain in `finish`: every rank launches all buckets first, in one order; and each step
 waits only for what others do in a step before it.

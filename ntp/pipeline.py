@@ -2,14 +2,16 @@
 
 The schedules are megatron-core's: one-forward-one-backward, and the interleaved one where a stage
 has several chunks. They talk through a `P2PCommunicator`; `PipelineLink` is one on a stable group,
-so that stages keep talking across recoveries that leave their replica whole.
+so that stages keep talking across recoveries that leave their replica whole. It does not wait for
+what it sent, as gloo may not notice a receiver that is lost in the middle of it (see
+`ntp.marked_exchange`); in the next step, whose beginning proves that all was received, it does.
+Until then a stage must not let go of its ForwardBackward: that would take back what it sent.
 
 Known wrong case, guarded here. With two stages the next stage is also the previous one, and
 megatron-core's batched exchange posts the messages of both in one order on both sides: activations
 meet gradients, silently (two stages, two chunks, no overlap). `PipelineLink` gives each direction
-a tag of its own, and lists sends to the next stage first and receives from the previous stage
-first, which is what backends without tags match by. Its messages carry a header with their shape
-only while microbatches differ in size.
+a tag of its own, and makes the exchange of activations before that of gradients, for backends that
+match by order. Its messages carry a header with their shape only while microbatches differ in size.
 
 The sequence is padded to a multiple of the degree where it is cut (sequence parallelism). Padding
 comes last and attention is causal, so no token sees it; its losses are dropped, so it has no
@@ -27,7 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from ntp.exchange import Message, exchange
+from ntp.exchange import Message
+from ntp.marked_exchange import MarkedExchange
 
 FORWARD_TAG = 8
 BACKWARD_TAG = 9
@@ -61,17 +64,41 @@ class ForwardBackward:
         self._pipeline = pipeline
         self._device = device
         self._masks: dict[int, Tensor] = {}
+        self._sent: list[MarkedExchange] = []
 
-    def run(self, batches: Callable[[], Iterator[MicroBatch]], sizes: Sequence[int]) -> float:
+    def run(
+        self, batches: Callable[[], Iterator[MicroBatch]], sizes: Sequence[int], length: int
+    ) -> float:
         """Accumulate the gradients of all microbatches; returns this stage's sum of token losses.
 
         `batches` gives the microbatches from the first, once for each chunk; `sizes` are their
-        numbers of samples. The sum is 0 on all stages but the last.
+        numbers of samples, `length` is that of the sequence. The sum is 0 on all stages but the
+        last.
         """
+        while self._sent:
+            self._sent.pop(0).send()
         if self._pipeline is None:
             (model,) = self._chunks
             return sum(self._one(model, batch) for batch in batches())
-        return self._scheduled(batches, sizes, self._pipeline)
+        return self._scheduled(batches, sizes, length, self._pipeline)
+
+    def sum_tied(self, gradient: Tensor) -> None:
+        """Replace a contiguous `gradient` of the first and of the last stage by the sum of both.
+
+        A sum of two is the same bits on both sides, whichever comes first.
+        """
+        pipeline = self._pipeline
+        if pipeline is None or pipeline.rank() not in (0, pipeline.size() - 1):
+            return
+        peer = pipeline.size() - 1 - pipeline.rank()
+        # The sum takes the gradient's place, which may still be on its way.
+        mine, theirs = gradient.clone(), torch.empty_like(gradient)
+        exchange = MarkedExchange(
+            pipeline, [Message(peer, mine)], [Message(peer, theirs)], TIED_TAG
+        )
+        exchange.receive()
+        gradient += theirs
+        self._sent.append(exchange)
 
     def _one(self, model: nn.Module, batch: MicroBatch) -> float:
         loss = self._forward(model, batch).sum()
@@ -104,6 +131,7 @@ class ForwardBackward:
         self,
         batches: Callable[[], Iterator[MicroBatch]],
         sizes: Sequence[int],
+        length: int,
         pipeline: dist.ProcessGroup,
     ) -> float:
         from megatron.core.pipeline_parallel import schedules
@@ -112,9 +140,8 @@ class ForwardBackward:
         config: Any = self._chunks[0].config
         chunks, stages, count = len(self._chunks), pipeline.size(), len(sizes)
         same_size = len(set(sizes)) == 1
-        link = _pipeline_link_class()(pipeline, config, chunks, carries_shapes=not same_size)
+        link = _pipeline_link_class()(pipeline, config, chunks, not same_size, self._sent)
         alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]
-        length = next(batches()).inputs.shape[1]
         arguments: dict[str, Any] = {
             "forward_step_func": self._forward_step,
             "num_microbatches": count,
@@ -151,21 +178,6 @@ class ForwardBackward:
         return self._forward(model, batch), sum_losses
 
 
-def sum_tied(gradient: Tensor, pipeline: dist.ProcessGroup) -> None:
-    """Replace a contiguous `gradient` of the first and of the last stage by the sum of both.
-
-    A sum of two is the same bits on both sides, whichever comes first.
-    """
-    group: Any = pipeline
-    last = pipeline.size() - 1
-    if pipeline.rank() not in (0, last):
-        return
-    peer = last - pipeline.rank()
-    theirs = torch.empty_like(gradient)
-    exchange(group, [Message(peer, gradient)], [Message(peer, theirs)], TIED_TAG)
-    gradient += theirs
-
-
 def _pipeline_link_class() -> Any:
     """megatron-core's P2PCommunicator on a stable group; made on call, as its import is slow."""
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -174,7 +186,12 @@ def _pipeline_link_class() -> Any:
         """Exchanges activations and gradients with the neighbouring stages."""
 
         def __init__(
-            self, pp_group: dist.ProcessGroup, config: Any, chunks: int, carries_shapes: bool
+            self,
+            pp_group: dist.ProcessGroup,
+            config: Any,
+            chunks: int,
+            carries_shapes: bool,
+            sent: list[MarkedExchange],
         ) -> None:
             # Not the parent's: that looks the group up in torch's registry.
             self.pp_group = pp_group
@@ -183,6 +200,7 @@ def _pipeline_link_class() -> Any:
             self.next_rank = (pp_group.rank() + 1) % pp_group.size()
             self.prev_rank = (pp_group.rank() - 1) % pp_group.size()
             self._carries_shapes = carries_shapes
+            self._sent = sent
 
         def _communicate(
             self,
@@ -224,25 +242,20 @@ def _pipeline_link_class() -> Any:
 
         def _swap(self, sends: list[Tensor | None], receives: list[Tensor | None]) -> None:
             """Send to (next, previous) while receiving from (previous, next)."""
-            group: Any = self.pp_group
-            on_gpu = any(t is not None and t.is_cuda for t in (*sends, *receives))
-            if on_gpu:
-                group._start_coalescing(torch.device("cuda", torch.cuda.current_device()))
-            tags = (FORWARD_TAG, BACKWARD_TAG)
             to, source = (self.next_rank, self.prev_rank), (self.prev_rank, self.next_rank)
-            pending = [
-                group.recv([tensor.detach()], rank, tag)
-                for tensor, rank, tag in zip(receives, source, tags, strict=True)
-                if tensor is not None
+            under_way = [
+                MarkedExchange(
+                    self.pp_group,
+                    [] if sent is None else [Message(to[way], sent.detach().contiguous())],
+                    [] if room is None else [Message(source[way], room.detach())],
+                    tag,
+                )
+                for way, (tag, sent, room) in enumerate(
+                    zip((FORWARD_TAG, BACKWARD_TAG), sends, receives, strict=True)
+                )
             ]
-            pending += [
-                group.send([tensor.detach().contiguous()], rank, tag)
-                for tensor, rank, tag in zip(sends, to, tags, strict=True)
-                if tensor is not None
-            ]
-            if on_gpu:
-                pending = [group._end_coalescing(torch.device("cuda", torch.cuda.current_device()))]
-            for work in pending:
-                work.wait()
+            for exchange in under_way:
+                exchange.receive()
+            self._sent += under_way
 
     return PipelineLink

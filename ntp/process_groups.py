@@ -63,9 +63,16 @@ class Link:
 class Communicator:
     """One live torch process group together with the means to end it from another thread."""
 
-    def __init__(self, group: Any, sockets: Sequence[socket.socket], members: tuple[str, ...]):
+    def __init__(
+        self,
+        group: Any,
+        sockets: Sequence[socket.socket],
+        members: tuple[str, ...],
+        timeout: timedelta,
+    ):
         self.group = group
         self.members = members
+        self.timeout = timeout
         self.severed = False
         self._sockets = list(sockets)
 
@@ -102,6 +109,21 @@ class _Done:
     def is_completed(self) -> bool:
         """Always true."""
         return True
+
+
+class _Bounded:
+    """Gloo's work on a message, waited for as long as an operation may take.
+
+    By itself it waits for as long as the group was given to build.
+    """
+
+    def __init__(self, work: Any, timeout: timedelta) -> None:
+        self._work = work
+        self._timeout = timeout
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait until the message is sent or received."""
+        return bool(self._work.wait(timeout or self._timeout))
 
 
 class StableGroup(dist.ProcessGroup):
@@ -142,7 +164,7 @@ class StableGroup(dist.ProcessGroup):
         tensor = tensors[0] if isinstance(tensors, (list, tuple)) else tensors
         small = tensor.numel() * tensor.element_size() * (inner.size() - 1) <= STAR_LIMIT_BYTES
         if isinstance(inner, dist.ProcessGroupGloo) and small and tensor.is_contiguous():
-            _star_all_reduce(inner, tensor, opts.reduceOp)
+            _star_all_reduce(self, tensor, opts.reduceOp)
             return _Done()
         return inner.allreduce([tensor], opts)
 
@@ -153,6 +175,8 @@ class StableGroup(dist.ProcessGroup):
     def allgather(self, *args: Any) -> Any:
         """Delegate."""
         return self.inner.allgather(*args)
+
+    # torch 2.13's names for collectives on single tensors.
 
     def all_gather_single(self, *args: Any) -> Any:
         """Delegate."""
@@ -171,12 +195,18 @@ class StableGroup(dist.ProcessGroup):
         return self.inner.alltoall_base(*args)
 
     def send(self, tensors: Any, rank: int, tag: int) -> Any:
-        """Delegate."""
-        return self.inner.send(tensors, rank, tag)
+        """Delegate; over gloo the work's wait has the timeout of operations."""
+        return self._bounded(self.inner.send(tensors, rank, tag))
 
     def recv(self, tensors: Any, rank: int, tag: int) -> Any:
-        """Delegate."""
-        return self.inner.recv(tensors, rank, tag)
+        """Delegate; over gloo the work's wait has the timeout of operations."""
+        return self._bounded(self.inner.recv(tensors, rank, tag))
+
+    def _bounded(self, work: Any) -> Any:
+        communicator = self.communicator
+        if communicator is None or not isinstance(communicator.group, dist.ProcessGroupGloo):
+            return work
+        return _Bounded(work, communicator.timeout)
 
     def _start_coalescing(self, device: torch.device) -> None:
         self.inner._start_coalescing(device)
@@ -195,8 +225,11 @@ def _star_all_reduce(group: Any, tensor: torch.Tensor, operation: Any) -> None:
     if size == 1:
         return
     if rank:
-        group.send([tensor], 0, STAR_TAG).wait()
+        given = group.send([tensor], 0, STAR_TAG)
+        # The sum comes when all of the part has left, so it may take its place. A wait for the part
+        # would not notice that the first rank was lost in the middle of it.
         group.recv([tensor], 0, STAR_TAG + 1).wait()
+        given.wait()
         return
     received = [torch.empty_like(tensor) for _ in range(size - 1)]
     pending = [group.recv([buffer], peer + 1, STAR_TAG) for peer, buffer in enumerate(received)]
@@ -308,7 +341,8 @@ def _connect(link: Link, store: dist.Store, rank: int, members: tuple[str, ...])
     if link.backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = operation
-        return Communicator(dist.ProcessGroupNCCL(store, rank, len(members), options), (), members)
+        nccl = dist.ProcessGroupNCCL(store, rank, len(members), options)
+        return Communicator(nccl, (), members, operation)
     store.set_timeout(build)
     before = _socket_descriptors()
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -318,7 +352,8 @@ def _connect(link: Link, store: dist.Store, rank: int, members: tuple[str, ...])
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=link.host)]
     group = dist.ProcessGroupGloo(store, rank, len(members), options)
     group._set_default_timeout(operation)
-    return Communicator(group, _connections(_socket_descriptors() - before), members)
+    sockets = _connections(_socket_descriptors() - before)
+    return Communicator(group, sockets, members, operation)
 
 
 def _socket_descriptors() -> set[int]:

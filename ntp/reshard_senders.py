@@ -34,12 +34,25 @@ Living = Mapping[int, frozenset[int]]
 """By replica, ascending: the slots whose process lives and has its state."""
 
 
+_ATOM = {
+    Axis.KV_GROUP: "KV group",
+    Axis.MLP_COLUMN: "MLP column",
+    Axis.VOCAB_ROW: "vocabulary row",
+    Axis.EXPERT: "expert",
+}
+
+
 class NoHolder(ValueError):
     """Something that a target slot needs is held by no living process."""
 
     def __init__(self, axis: Axis | None, atoms: Range | None) -> None:
-        what = "the replicated tensors" if atoms is None else f"{axis} {atoms.start}..{atoms.stop}"
-        super().__init__(f"no living process holds {what}; restore from a checkpoint")
+        what = "the replicated tensors"
+        if axis is not None and atoms is not None:
+            last = atoms.stop - 1
+            what = f"{_ATOM[axis]} {last}"
+            if atoms.start < last:
+                what = f"{_ATOM[axis]}s {atoms.start}-{last}"
+        super().__init__(f"nobody alive holds {what}")
         self.axis = axis
         self.atoms = atoms
 

@@ -317,6 +317,15 @@ def _train_problems(config: RunConfig) -> Iterator[str]:
             f" parallel.replicas ({replicas}) at least one; set it to {replicas} or more, or"
             f" parallel.replicas to {train.global_batch_size} or less"
         )
+    parallel = config.parallel
+    needed = replicas * parallel.pipeline
+    if parallel.virtual_pipeline > 1 and replicas <= train.global_batch_size < needed:
+        yield (
+            f"train.global_batch_size: {train.global_batch_size} samples cannot give each of"
+            f" parallel.replicas ({replicas}) one for each of parallel.pipeline"
+            f" ({parallel.pipeline}) stages, which parallel.virtual_pipeline above 1 needs; set it"
+            f" to {needed} or more, or parallel.virtual_pipeline to 1"
+        )
     if train.min_learning_rate > train.learning_rate:
         yield (
             f"train.min_learning_rate: {train.min_learning_rate} is above train.learning_rate"

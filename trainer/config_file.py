@@ -89,6 +89,11 @@ def _explain(detail: ErrorDetails) -> Iterator[str]:
         case "value_error" if "." not in name:
             # Cross checks of a group or of the whole: their lines name the settings themselves.
             yield from str(detail["ctx"]["error"]).splitlines()
+        case "extra_forbidden" if name.startswith("parallel.context"):
+            yield (
+                f"{name}: context parallelism is not supported, as megatron-core's own attention "
+                "refuses it; leave it out (see README, Limits)"
+            )
         case "extra_forbidden":
             yield f"{name}: no such setting; did you mean {_nearest(name)}?"
         case "missing":

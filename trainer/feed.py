@@ -22,6 +22,8 @@ from trainer.data import ByteCorpus
 class ReplicaBatch:
     """The samples of `replica` in `step`; every slot and stage of the replica builds the same.
 
+    It has at least `least_micro_batches` microbatches, if it has as many samples.
+
     Attributes: ``sizes`` are the numbers of samples of its microbatches, ``tokens`` counts labels.
     """
 
@@ -32,6 +34,7 @@ class ReplicaBatch:
         plan: Plan,
         replica: int,
         step: int,
+        least_micro_batches: int,
         device: torch.device,
     ) -> None:
         replicas = [layout.replica for layout in plan.layout.replicas]
@@ -42,7 +45,8 @@ class ReplicaBatch:
         self._windows = {
             index: corpus.window(int(offsets[index]), train.seq_length + 1) for index in samples
         }
-        self._micro_batches = micro_batches(samples, train.micro_batch_size)
+        size = min(train.micro_batch_size, max(1, len(samples) // least_micro_batches))
+        self._micro_batches = micro_batches(samples, size)
         self._device = device
         self.sizes = [len(indices) for indices in self._micro_batches]
         self.tokens = len(samples) * train.seq_length

@@ -27,6 +27,8 @@ def job_shape(config: RunConfig) -> JobShape:
         ),
         tensor=config.parallel.tensor,
         stages=parallel.pipeline,
+        # The interleaved schedule needs a microbatch for each stage.
+        least_share=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         replicas=config.parallel.replicas,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,

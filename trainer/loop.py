@@ -106,10 +106,17 @@ class StepLoop:
         gradients = generation.state.gradients
         gradients.zero_()
         batch = ReplicaBatch(
-            self._train, self.corpus, generation.plan, generation.place.replica, step, self._device
+            self._train,
+            self.corpus,
+            generation.plan,
+            generation.place.replica,
+            step,
+            # The interleaved schedule needs one for each stage.
+            generation.plan.stages if len(generation.chunks) > 1 else 1,
+            self._device,
         )
         generation.sync.begin(gradients, passes=len(batch.sizes))
-        loss_sum = generation.passes.run(lambda: iter(batch), batch.sizes)
+        loss_sum = generation.passes.run(lambda: iter(batch), batch.sizes, self._train.seq_length)
         self.training.sum_tied_gradients()
 
         # The boundary: the one place where a healthy replica's ranks all stop (see elastic.worker).

@@ -130,9 +130,9 @@ def plan(
         list[str] | None,
         typer.Option(
             "--fail",
-            metavar="SLOT",
-            help="A slot that is lost, as 1.2 (replica.slot), or a device, as node0/3; repeat it "
-            "for more.",
+            metavar="SLOT|DEVICE",
+            help="What is lost; repeat it for more. 1.2 is slot 2 of replica 1, both counted from "
+            "0, in all its pipeline stages; node0/5 is device 5 of node 0.",
         ),
     ] = None,
     overrides: Annotated[
@@ -168,14 +168,15 @@ def plan(
         typer.echo(f"the job would halt: {ahead.reason}", err=True)
         raise typer.Exit(EXIT_CODES["halted"])
     element = element_bytes(loaded)
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=PLAIN_WIDTH)
-    console.print(render(loaded.job, ahead, element))
     if svg is not None:
         try:
             svg.write_text(draw(loaded.job, ahead, element), encoding="utf-8")
         except OSError as error:
             _refuse(f"--svg {svg} cannot be written: {error}")
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=PLAIN_WIDTH)
+    console.print(render(loaded.job, ahead, element))
+    if svg is not None:
         typer.echo(f"the drawing is in {svg}")
 
 

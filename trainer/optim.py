@@ -72,6 +72,6 @@ def _decayed(state: ShardState) -> torch.Tensor:
     """1 where weight decay applies, 0 elsewhere."""
     mask = torch.zeros_like(state.master)
     for placement in state.shards.placements:
-        if placement.spec.axis is not None and placement.spec.name.endswith("weight"):
+        if len(placement.spec.parameter_shape(1)) == 2:
             state.shards.tensor(mask, placement).fill_(1.0)
     return mask

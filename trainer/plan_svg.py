@@ -286,5 +286,6 @@ def _notes(forecast: Forecast, traced: bool) -> Iterator[str]:
         yield f"Not drawn: {counted(replicas, 'more replica')} in {counted(len(hidden), 'kind')}."
     yield (
         "Throughput is that of a model: samples x work of the most loaded slot, without "
-        "communication and pipeline bubbles, all devices equally fast."
+        "communication, a pipeline's bubble and the rounding to whole microbatches, all devices "
+        "equally fast."
     )

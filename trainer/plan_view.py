@@ -35,8 +35,9 @@ SHARES_SHOWN = 16
 
 MODEL = (
     "Throughput is that of a model: a step takes as long as its slowest replica computes, samples x"
-    " work of the most loaded slot. It leaves out communication and pipeline bubbles, and takes all"
-    " devices to be equally fast. Memory leaves out activations."
+    " work of the most loaded slot. It leaves out communication, a pipeline's bubble and the"
+    " rounding to whole microbatches, and takes all devices to be equally fast. Memory leaves out"
+    " activations."
 )
 
 
@@ -158,7 +159,8 @@ def _figures(forecast: Forecast, element: ElementBytes) -> Iterator[tuple[str, s
         if totals:
             busiest = max(totals, key=totals.__getitem__)
             bytes_ = amount(totals[busiest] * element.moved)
-            yield f"busiest {name}", f"{slot_name(busiest)}, {bytes_}; 1 of {len(totals)}"
+            others = f", of {len(totals)} {name}s" if len(totals) > 1 else ""
+            yield f"busiest {name}", f"{slot_name(busiest)}, {bytes_}{others}"
     memory = forecast.memory
     yield (
         "memory of the fullest slot",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 from elastic.forecast import Alike, Forecast
 from ntp.atoms import Axis
@@ -64,14 +65,23 @@ def counted(count: int, noun: str) -> str:
 
 
 def failure_title(forecast: Forecast) -> str:
-    """What fails."""
+    """What fails: slots, and where only some stages of a slot fail, these."""
     devices = len(forecast.before.placement)
     if not forecast.failed:
         return f"all {counted(devices, 'device')} at work"
-    slots = sorted({place.slot_ref for place in forecast.failed})
-    named = ", ".join(slot_name(ref) for ref in slots[:3])
-    more = f" and {len(slots) - 3} more" if len(slots) > 3 else ""
-    return f"{named}{more} lost ({len(forecast.failed)} of {counted(devices, 'device')})"
+    names = list(_failures(forecast))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{', '.join(names[:3])}{more} lost "
+        f"({len(forecast.failed)} of {counted(devices, 'device')})"
+    )
+
+
+def _failures(forecast: Forecast) -> Iterator[str]:
+    by_slot = sorted(forecast.failed, key=lambda place: (place.slot_ref, place.stage))
+    for ref, places in groupby(by_slot, key=lambda place: place.slot_ref):
+        stages = [str(place) for place in places]
+        yield from [slot_name(ref)] if len(stages) == forecast.shape.stages else stages
 
 
 def alike_title(alike: Alike, batch: int) -> str:

@@ -22,7 +22,7 @@ from ntp.groups import Coordinate
 from ntp.layers import ModelNumerics, bind_parameters, build_chunk
 from ntp.local_shards import AtomRange
 from ntp.model_shape import EMBEDDING
-from ntp.pipeline import ForwardBackward, sum_tied
+from ntp.pipeline import ForwardBackward
 from ntp.process_groups import ProcessGroups
 from ntp.reshard import FlatState, ranges_kept, reshard
 from ntp.stages import (
@@ -237,13 +237,12 @@ class Training:
         It comes before the boundary, as it is between stages of one replica: were it behind, a
         stage could wait for one that stopped at a lost replica.
         """
-        pipeline = self._groups.pipeline
-        if self._is_tied_across_stages and pipeline is not None:
+        if self._is_tied_across_stages:
             state = self.current.state
             for placement in state.shards.placements:
                 if placement.spec.name == EMBEDDING:
                     gradient = state.shards.tensor(state.gradients, placement)
-                    sum_tied(gradient, pipeline)
+                    self.current.passes.sum_tied(gradient)
 
     def release(self) -> None:
         """Forget all shards: others go on without this worker."""

@@ -22,7 +22,7 @@ from ntp.geometry import ReplicaLayout, SlotRef
 from ntp.groups import Coordinate, places
 from ntp.layers import ModelNumerics, bind_parameters, build_chunk
 from ntp.model_shape import EMBEDDING, ModelShape, tensor_specs
-from ntp.pipeline import ForwardBackward, MicroBatch, sum_tied
+from ntp.pipeline import ForwardBackward, MicroBatch
 from ntp.stages import stage_chunks, stage_specs
 from trainer.shard_state import ShardState
 
@@ -176,10 +176,12 @@ def layer_rank(rank: Rank, variant: Variant, layout: ReplicaLayout, trap: str | 
     ]
     bind_parameters(models, state.shards, state.parameters, state.gradients)
     passes = ForwardBackward(models, groups.tensor, groups.pipeline, CPU)
-    loss_sum = passes.run(lambda: iter(micro_batches(variant)), variant.micro_batches)
+    loss_sum = passes.run(lambda: iter(micro_batches(variant)), variant.micro_batches, SEQUENCE)
     gradients = named(state.shards, state.gradients)
-    if variant.shape.tied and groups.pipeline is not None and EMBEDDING in gradients:
-        sum_tied(gradients[EMBEDDING], groups.pipeline)
+    if variant.shape.tied and EMBEDDING in gradients:
+        passes.sum_tied(gradients[EMBEDDING])
+    # As the vote does in a step: nobody lets go of what others still receive.
+    dist.all_reduce(torch.zeros(1), group=groups.world)
     for spec in specs:
         if spec.partial_gradient:
             dist.all_reduce(gradients[spec.name], group=groups.tensor)

@@ -144,6 +144,11 @@ def test_unknown_settings_name_the_nearest_valid_one(override: str, expected: st
     assert name + "{} " + nearest == expected
 
 
+def test_context_parallelism_is_refused_as_such() -> None:
+    (line,) = problems("parallel.context=2")
+    assert line.startswith("parallel.context: context parallelism is not supported, as megatron")
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

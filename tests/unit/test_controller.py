@@ -236,7 +236,7 @@ def last_holder_lost() -> Stage:
     stage.failed(stage.member(1, 0))
     stage.answers({stage.member(0, 1): committed(3), stage.member(1, 1): committed(3)})
     assert isinstance(stage.effects[-1], Finish)
-    assert "no living process holds kv_group 0..2" in stage.effects[-1].reason
+    assert "nobody alive holds KV groups 0-1" in stage.effects[-1].reason
     return stage
 
 

@@ -22,7 +22,7 @@ from trainer.job import cluster_devices, element_bytes, job_shape
 from trainer.main import app
 from trainer.plan_svg import draw
 from trainer.plan_view import render
-from trainer.plan_words import amount, numbers, owned_ranges
+from trainer.plan_words import amount, failure_title, numbers, owned_ranges
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 TEXTS = Path(__file__).parent / "plans"
@@ -156,6 +156,16 @@ def test_runs_and_ranges_are_short() -> None:
     assert owned_ranges((Range(4, 6), Range(0, 1))) == "4-5 + 0"
 
 
+def test_the_title_names_the_stages_where_others_of_the_slot_go_on() -> None:
+    stages = "parallel.pipeline=2", "cluster.devices_per_node=8"
+    assert failure_title(ahead(("node0/5",), *stages)[1]) == (
+        "replica 0 stage 1 slot 1 lost (1 of 16 devices)"
+    )
+    assert failure_title(ahead(("node0/5", "1.2"), *stages)[1]) == (
+        "replica 0 stage 1 slot 1, replica 1 slot 2 lost (3 of 16 devices)"
+    )
+
+
 def command(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["plan", str(DEMO), *arguments])
 
@@ -169,6 +179,11 @@ def test_the_command_prints_and_draws(tmp_path: Path) -> None:
     assert len(slots(ElementTree.parse(path).getroot(), "slot vacant")) == 2
 
 
+def test_a_drawing_that_cannot_be_written_is_refused_before_anything_is_printed() -> None:
+    result = command("--fail", "1.2", "--svg", "/nowhere/x.svg")
+    assert result.exit_code == 2 and "throughput" not in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -176,7 +191,11 @@ def test_the_command_prints_and_draws(tmp_path: Path) -> None:
         (("--fail", "x"), 2, "refused: --fail x: write it as REPLICA.SLOT"),
         (("--fail", "node4/0"), 2, "refused: --fail node4/0: the device does not exist"),
         (("--set", "train.steps=x"), 2, "train.steps: Input should be a valid integer"),
-        (("--fail", "0.3", "--fail", "1.3"), 3, "the job would halt: no living process holds"),
+        (
+            ("--fail", "0.3", "--fail", "1.3"),
+            3,
+            "the job would halt: nobody alive holds KV group 6, and",
+        ),
         (("--svg", "/nowhere/x.svg"), 2, "refused: --svg /nowhere/x.svg cannot be written"),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_replica_without_devices_is_dropped_and_its_batch_goes_to_the_others()
     ("alive", "reason"),
     [
         ({}, "no worker is left"),
-        (without((0, 0), (1, 0)), "no living process holds kv_group 0..2"),
+        (without((0, 0), (1, 0)), "nobody alive holds KV groups 0-1"),
     ],
 )
 def test_nothing_to_be_done_is_said_with_a_reason(

@@ -276,7 +276,7 @@ def test_even_shares_is_greedy_least_loaded(amount: int, unit: int, loads: list[
 def test_lost_state_is_named() -> None:
     source = full_layout(AtomCounts(2, 4, 6), 2, 2)
     holders = frozenset({SlotRef(0, 0), SlotRef(1, 0)})
-    with pytest.raises(NoHolder, match=r"kv_group 1\.\.2") as caught:
+    with pytest.raises(NoHolder, match=r"holds KV group 1$") as caught:
         plan_reshard(source, source, holders, SIZES)
     assert (caught.value.axis, caught.value.atoms) == (Axis.KV_GROUP, Range(1, 2))
     with pytest.raises(NoHolder, match="replicated tensors"):
