@@ -59,12 +59,12 @@ class Rank:
     generation: int
     meeting: Path
 
-    def groups(self) -> ProcessGroups:
+    def groups(self, link: Link = LINK) -> ProcessGroups:
         """An owner of communicators that lives until all ranks have reported.
 
         If it went when its rank returns, its sockets would close while peers still connect or read.
         """
-        _owners.append(ProcessGroups(LINK))
+        _owners.append(ProcessGroups(link))
         return _owners[-1]
 
     def store(self) -> dist.Store:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from dense import SHAPE, layout_of
-from harness import TIMEOUT_SECONDS, Cluster, Rank
+from harness import LINK, TIMEOUT_SECONDS, Cluster, Rank
 
 from ntp.geometry import SlotRef
-from ntp.groups import GroupAxis, GroupSpec, plan_groups
+from ntp.groups import GroupAxis, GroupSpec, places, plan_groups
 from ntp.process_groups import (
     STAR_LIMIT_BYTES,
     GroupSevered,
@@ -25,6 +26,7 @@ from ntp.process_groups import (
     StableGroup,
     is_connection_error,
 )
+from ntp.sync_plan import plan_sync
 
 SMALL = 7
 LARGE = STAR_LIMIT_BYTES // 8
@@ -36,7 +38,7 @@ PROMPT_SECONDS = TIMEOUT_SECONDS / 4
 def world_of(rank: Rank, groups: ProcessGroups, generation: int, size: int) -> None:
     """Build a world of the first `size` ranks."""
     groups.adopt(
-        [GroupSpec(GroupAxis.WORLD, 0, tuple(range(size)))],
+        [GroupSpec(GroupAxis.WORLD, (), tuple(range(size)))],
         [f"member{other}" for other in range(size)],
         rank.rank,
         generation,
@@ -189,17 +191,18 @@ def kept_rank(rank: Rank) -> list[float]:
     rank.adopt(groups, LAYOUTS[0], slot, 1, store)
     if slot == SlotRef(1, 1):
         return []
-    names = [f"{ref.replica}.{ref.slot}@1" for ref in LAYOUTS[1].slots()]
-    key = (GroupAxis.TENSOR, 0)
+    names = [f"{place}@1" for place in places(LAYOUTS[1], 1)]
+    key = (GroupAxis.TENSOR, (0, 0))
     kept = frozenset({key}) if slot.replica == 0 else frozenset()
-    served = groups._live[GroupAxis.TENSOR, slot.replica]
+    served = groups._live[GroupAxis.TENSOR, (slot.replica, 0)]
     groups.sever(keep=kept)
     sums = [sum_of_ones(groups.tensor)] if kept else []
     ends_promptly(lambda: sum_of_ones(groups.world))
     if kept:
         assert groups.intact(key, served.members)
-    groups.adopt(plan_groups(LAYOUTS[1]), names, LAYOUTS[1].slots().index(slot), 2, store, kept)
-    assert (groups._live[GroupAxis.TENSOR, slot.replica] is served) == bool(kept)
+    specs = plan_groups(LAYOUTS[1], plan_sync(LAYOUTS[1]), 1)
+    groups.adopt(specs, names, LAYOUTS[1].slots().index(slot), 2, store, kept)
+    assert (groups._live[GroupAxis.TENSOR, (slot.replica, 0)] is served) == bool(kept)
     sums += [sum_of_ones(groups.tensor), sum_of_ones(groups.world)]
     return sums
 
@@ -290,3 +293,23 @@ def test_unbound_groups_say_so(cluster: Cluster) -> None:
 def test_programming_errors_are_not_connection_errors() -> None:
     assert not is_connection_error(ValueError("gloo"))
     assert not is_connection_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def impatient_rank(rank: Rank) -> str:
+    """Wait for a message that nobody sends; returns what the wait says."""
+    groups = rank.groups(replace(LINK, operation_timeout_seconds=0.3))
+    world = GroupSpec(GroupAxis.WORLD, (), tuple(range(rank.size)))
+    groups.adopt([world], ["a", "b"], rank.rank, 1, rank.store(), frozenset())
+    waited = ""
+    if rank.rank == 0:
+        with pytest.raises(RuntimeError) as caught:
+            groups.world.recv([torch.zeros(1)], 1, 5).wait()
+        assert is_connection_error(caught.value)
+        waited = str(caught.value)
+    return waited
+
+
+def test_a_message_is_awaited_as_long_as_an_operation_not_as_long_as_a_build(
+    cluster: Cluster,
+) -> None:
+    assert "300ms" in cluster.run(impatient_rank, 2)[0]

@@ -96,7 +96,7 @@ def test_even_the_slowest_takes_a_sample() -> None:
 @pytest.mark.parametrize(
     ("total", "costs", "message"),
     [
-        (2, [1, 1, 1], "2 samples cannot give each of 3 replicas one or more; use 1 to 2"),
+        (2, [1, 1, 1], "2 samples cannot give each of 3 replicas 1 or more; use 1 to 2"),
         (2, [], "cannot give each of 0 replicas"),
         (2, [1, 0], r"costs \(1, 0\) must all be above 0"),
         (2, [1, float("nan")], "must all be above 0"),
