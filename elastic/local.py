@@ -29,6 +29,7 @@ from elastic.spawn import Spawner
 from elastic.topology import DeviceId
 
 LOOPBACK = "127.0.0.1"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGENT_STOP_SECONDS = 10.0
 """How long agents may take to end their processes after the controller's stop."""
 
@@ -76,6 +77,10 @@ def placed_devices(run: LocalRun) -> tuple[DeviceId, ...]:
 
 
 async def _run(run: LocalRun, listener: Listener) -> Ended:
+    # A signal before the controller can be told would end the run without a word in its files.
+    early: list[int] = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda received, _frame: early.append(received))
     logs = run.run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     store, spawner = MemoryStore(), Spawner(run.preload)
@@ -100,9 +105,11 @@ async def _run(run: LocalRun, listener: Listener) -> Ended:
     nodes = sorted({device.node for device in devices})
     agents = [Agent(for_node(template, node, devices), store, spawner) for node in nodes]
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         name = signal.Signals(number).name
         loop.add_signal_handler(number, driver.stop, f"the launcher received {name}")
+    for received in early:
+        driver.stop(f"the launcher received {signal.Signals(received).name}")
     ended = Finish("failed", "the launcher failed")
     try:
         ended = await _drive(driver, agents)

@@ -60,7 +60,9 @@ class Spawner:
 
     def warm_up(self) -> None:
         """Wait until the fork server has done its imports; the first of several callers waits."""
-        # The server inherits the mask: a Ctrl-C in the terminal must not reach its imports.
+        # Starting the tracker unblocks signals, so it comes first. The server inherits the mask: a
+        # Ctrl-C in the terminal must not reach its imports.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             child = self.start(_nothing, Path(os.devnull))
@@ -73,10 +75,11 @@ class Spawner:
         """End the fork server and wait for it. Its children must have ended."""
         # The one way to end them before the interpreter exits, though not a public one. The server
         # may still be busy with its imports.
-        pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        server: Any = forkserver._forkserver
+        with server._lock:
+            if server._forkserver_pid is not None:
+                os.kill(server._forkserver_pid, signal.SIGKILL)
+            server._stop_unlocked()
         resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
     def start(self, main: Callable[..., None], log: Path, *arguments: Any) -> Child:

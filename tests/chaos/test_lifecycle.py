@@ -96,7 +96,7 @@ def test_workers_die_with_a_killed_launcher(config: Path, tmp_path: Path) -> Non
     ("override", "words"),
     [
         ("train.stepz=3", ["train.stepz", "train.steps"]),
-        ("train.global_batch_size=7", ["7", "global_batch_size"]),
+        ("train.global_batch_size=1", ["1", "global_batch_size"]),
         ("cluster.nodes=1", ["4", "8"]),
         ("model.num_query_groups=2", ["2", "4"]),
         ("parallel.pipeline=2", ["pipeline"]),

@@ -90,7 +90,7 @@ def story(
 
 def members_of(chapters: list[Chapter]) -> list[Member]:
     """All processes of a run."""
-    return sorted({a.member for chapter in chapters for a in chapter.plan.placement})
+    return sorted({a.member for chapter in chapters for a in chapter.plan.participants})
 
 
 class Line:
@@ -162,7 +162,7 @@ def story_rank(
     training.apply = apply_and_keep  # type: ignore[method-assign]
     worker.start()
     for number, chapter in enumerate(chapters):
-        if member not in {a.member for a in chapter.plan.placement}:
+        if member not in {a.member for a in chapter.plan.participants}:
             worker.leave(training)
             continue
         line.until = chapter.until
@@ -174,7 +174,8 @@ def story_rank(
             source_generation=layout_from,
             rendezvous=rank.address,
         )
-        worker.adopt(plan, training)
+        if not worker.adopt(plan, training):
+            continue
         line.about_to_begin(plan.resume_step, plan.generation)
         steps.run()
         assert worker.session.step == chapter.until
