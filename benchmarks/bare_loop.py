@@ -20,7 +20,7 @@ from benchmarks.bare_model import BareModel, layout_of
 from benchmarks.ranks import LOOPBACK, STORE_TIMEOUT_SECONDS, give, run_ranks, say
 from elastic.rendezvous_client import RendezvousStore
 from ntp.grad_sync import GradientSync, SyncGroups
-from ntp.groups import plan_groups
+from ntp.groups import groups_of
 from ntp.process_groups import Link, ProcessGroups
 from ntp.sync_plan import plan_sync
 from trainer.config import RunConfig
@@ -64,7 +64,7 @@ def train(connection: Connection, rank: int, size: int, address: str, payload: s
     )
     store = RendezvousStore(address, STORE_TIMEOUT_SECONDS)
     names = [str(member) for member in range(size)]
-    groups.adopt(plan_groups(layout, plan_sync(layout), 1), names, rank, 1, store, frozenset())
+    groups.adopt(groups_of(rank, layout, plan_sync(layout), 1), names, rank, 1, store, frozenset())
     model = BareModel(config, slot, groups.tensor, lambda name: sync.ready(name))
     sync = GradientSync(
         plan_sync(layout),

@@ -19,7 +19,7 @@ from benchmarks.ranks import LOOPBACK, STORE_TIMEOUT_SECONDS, give
 from elastic.rendezvous_client import RendezvousStore
 from ntp.geometry import SlotRef, full_layout, vacate
 from ntp.grad_sync import GradientSync, SyncGroups
-from ntp.groups import plan_groups
+from ntp.groups import groups_of
 from ntp.local_shards import LocalShards
 from ntp.model_shape import atom_counts, tensor_specs
 from ntp.process_groups import Link, ProcessGroups
@@ -98,7 +98,7 @@ class _Job:
         self._plan = plan_sync(layout)
         self.groups = ProcessGroups(Link("gloo", LOOPBACK, 60.0, 60.0))
         self.groups.adopt(
-            plan_groups(layout, self._plan, 1),
+            groups_of(rank, layout, self._plan, 1),
             [str(ref) for ref in layout.slots()],
             rank,
             1,

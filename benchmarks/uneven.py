@@ -8,7 +8,8 @@ counts, relative to a uniform ring all-reduce of the same model. Beside it stand
 in which every replica reduces at the reduced degree.
 
 Planning is timed at the size of a large job: new layouts of the replicas that lost slots, the moves
-of shards and optimizer state in each pipeline stage, the gradient sync, and all process groups.
+of shards and optimizer state in each pipeline stage, the gradient sync, and the process groups of a
+rank, which each rank derives for itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.table import Table
 from benchmarks.common import progress, run_main
 from ntp.atoms import AtomSizes, atom_elements_by_axis
 from ntp.geometry import ParallelLayout, full_layout, with_active
-from ntp.groups import plan_groups
+from ntp.groups import groups_of
 from ntp.model_shape import ModelShape, atom_counts, tensor_specs
 from ntp.reshard_plan import plan_reshard
 from ntp.sync_plan import plan_sync
@@ -106,7 +107,17 @@ def _traffic() -> Table:
 
 def _planning(repetitions: int) -> Table:
     table = Table(title=f"Planning a generation, milliseconds of CPU, median of {repetitions}")
-    columns = ("job", "failures", "layouts", "moves", "sync", "groups", "together", "target", "")
+    columns = (
+        "job",
+        "failures",
+        "layouts",
+        "moves",
+        "sync",
+        "groups of a rank",
+        "together",
+        "target",
+        "",
+    )
     for name in columns:
         table.add_column(name, justify="right")
     for tensor, replicas, stages, failures in PLANNED:
@@ -158,7 +169,7 @@ def _plan(tensor: int, replicas: int, stages: int, failures: int, seed: int) -> 
     # Every stage has the same layout and holders, and so the same moves.
     timed(lambda: plan_reshard(full, layout, holders, sizes))
     sync = timed(lambda: plan_sync(layout))
-    timed(lambda: plan_groups(layout, sync, stages))
+    timed(lambda: groups_of(0, layout, sync, stages))
     return seconds
 
 

@@ -15,8 +15,9 @@ import msgspec
 
 from elastic.topology import Assignment, Member
 from ntp.geometry import ParallelLayout, SlotRef
-from ntp.groups import GroupAxis, GroupSpec, places
+from ntp.groups import GroupSpec, groups_of, places
 from ntp.reshard_plan import ReshardPlan
+from ntp.sync_plan import plan_sync
 
 
 class Action(StrEnum):
@@ -63,7 +64,6 @@ class Plan:
     layout: ParallelLayout
     source_layout: ParallelLayout | None
     source_generation: int
-    groups: tuple[GroupSpec, ...]
     kept_replicas: tuple[int, ...]
     reshard: tuple[ReshardPlan, ...]
     batch_split: tuple[int, ...]
@@ -92,10 +92,6 @@ class Plan:
             "steps count from 0 and generations from 1": self.resume_step >= 0
             and self.generation >= 1,
             "kept groups belong to replicas": set(self.kept_replicas) <= replicas,
-            "groups have members that are placed": all(
-                rank < len(members) for group in self.groups for rank in group.ranks
-            ),
-            "the world comes first": self.groups[0].axis is GroupAxis.WORLD,
         }
         broken = [condition for condition, holds in conditions.items() if not holds]
         if broken:
@@ -110,6 +106,11 @@ class Plan:
     def participants(self) -> tuple[Assignment, ...]:
         """Everybody who takes part in the change to this generation, by rank of the meeting."""
         return self.placement + self.donors
+
+    def groups_of(self, rank: int) -> tuple[GroupSpec, ...]:
+        """The communicators that rank `rank` of the meeting is in, in creation order."""
+        sync = plan_sync(self.layout)
+        return groups_of(rank, self.layout, sync, self.stages, len(self.donors))
 
     def meeting_ranks(self, stage: int) -> dict[SlotRef, int]:
         """Rank in the meeting of every slot of `stage`."""

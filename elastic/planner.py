@@ -25,9 +25,8 @@ from elastic.topology import Assignment, Coordinate, DeviceId, Member
 from elastic.workload import SplitBatchBy, sample_costs, split_reason
 from ntp.atoms import AtomCounts, AtomSizes, total_sizes
 from ntp.geometry import ParallelLayout, ReplicaLayout, SlotRef, full_layout, with_active
-from ntp.groups import places, plan_groups
+from ntp.groups import places
 from ntp.reshard_plan import NoHolder, ReshardPlan, plan_reshard
-from ntp.sync_plan import plan_sync
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,6 @@ def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
         layout=layout,
         source_layout=source.layout if source else None,
         source_generation=resume.layout_generation if source else 0,
-        groups=plan_groups(layout, plan_sync(layout), shape.stages, len(donors)),
         kept_replicas=_kept_replicas(previous, placement, situation.answers),
         reshard=reshard,
         batch_split=batch_split,

@@ -229,7 +229,7 @@ class Worker:
         try:
             self.check()
             self.groups.adopt(
-                plan.groups,
+                plan.groups_of(rank),
                 [str(assignment.member) for assignment in plan.participants],
                 rank,
                 plan.generation,

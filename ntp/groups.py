@@ -1,4 +1,4 @@
-"""Layout -> process groups, as ordered lists of ranks.
+"""Layout -> the process groups of a rank, in order.
 
 Creating communicators is collective, so every rank must make the same groups in the same order.
 This module fixes that order as data: the world; one group per pipeline stage, in which gradients
@@ -17,10 +17,9 @@ A rank of the world is a position in `places`; within a stage it is a position i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from operator import lt
+from operator import itemgetter, lt
 
 from ntp.geometry import ParallelLayout, SlotRef
 from ntp.sync_plan import SyncPlan
@@ -87,43 +86,48 @@ def places(layout: ParallelLayout, stages: int) -> tuple[Coordinate, ...]:
     )
 
 
-def plan_groups(
-    layout: ParallelLayout, sync: SyncPlan, stages: int, donors: int = 0
+def groups_of(
+    rank: int, layout: ParallelLayout, sync: SyncPlan, stages: int, donors: int = 0
 ) -> tuple[GroupSpec, ...]:
-    """The groups in creation order; see the module's docstring."""
-    # Base of a slot is its rank in the first stage; in the next stage it is `degree` further on.
-    bases: dict[int, dict[int, int]] = {}
-    begin = 0
+    """The groups that `rank` is in, in creation order; see the module's docstring.
+
+    `sync` is the sync plan of `layout`. Raises ValueError if there is no such rank.
+    """
+    # A replica's ranks: those of its first stage, then those of the next, and so on.
+    begins: dict[int, int] = {}
+    world = 0
     for replica in layout.replicas:
-        bases[replica.replica] = {slot: begin + at for at, slot in enumerate(replica.active)}
-        begin += replica.degree * stages
-    degrees = {replica.replica: replica.degree for replica in layout.replicas}
-    groups = [GroupSpec(GroupAxis.WORLD, (), tuple(range(begin)))]
-    if donors:
-        groups.append(GroupSpec(GroupAxis.MEETING, (), tuple(range(begin + donors))))
+        begins[replica.replica] = world
+        world += replica.degree * stages
+    if not 0 <= rank < world + donors:
+        raise ValueError(f"rank {rank} is not one of 0..{world + donors - 1}")
+    meeting = [GroupSpec(GroupAxis.MEETING, (), tuple(range(world + donors)))] if donors else []
+    if rank >= world:
+        return tuple(meeting)
+    number, begin = max((each for each in begins.items() if each[1] <= rank), key=itemgetter(1))
+    mine = layout.replica(number)
+    stage, position = divmod(rank - begin, mine.degree)
+    slot = mine.active[position]
+
+    groups = [GroupSpec(GroupAxis.WORLD, (), tuple(range(world))), *meeting]
     if stages > 1:
-        strides = [(base, degrees[number]) for number, of in bases.items() for base in of.values()]
-        groups += _in_each_stage(GroupAxis.STAGE, (), strides, stages)
-    for number, of in bases.items():
-        degree, first = degrees[number], min(of.values())
-        for stage in range(stages):
-            ranks = tuple(range(first + stage * degree, first + (stage + 1) * degree))
-            groups.append(GroupSpec(GroupAxis.TENSOR, (number, stage), ranks))
-        if stages > 1:
-            for slot, base in of.items():
-                ranks = tuple(range(base, base + stages * degree, degree))
-                groups.append(GroupSpec(GroupAxis.PIPELINE, (number, slot), ranks))
-    for home in sync.homes:
-        if len(home.members) >= 2:
-            strides = [(bases[m.replica][m.slot], degrees[m.replica]) for m in home.members]
-            groups += _in_each_stage(GroupAxis.HOME, (home.home,), strides, stages)
+        ranks = tuple(
+            begins[replica.replica] + stage * replica.degree + at
+            for replica in layout.replicas
+            for at in range(replica.degree)
+        )
+        groups.append(GroupSpec(GroupAxis.STAGE, (stage,), ranks))
+    first = begin + stage * mine.degree
+    ranks = tuple(range(first, first + mine.degree))
+    groups.append(GroupSpec(GroupAxis.TENSOR, (number, stage), ranks))
+    if stages > 1:
+        ranks = tuple(range(begin + position, begin + stages * mine.degree, mine.degree))
+        groups.append(GroupSpec(GroupAxis.PIPELINE, (number, slot), ranks))
+    members = [layout.replica(member.replica) for member in sync.homes[slot].members]
+    if mine in members and len(members) > 1:
+        ranks = tuple(
+            begins[member.replica] + stage * member.degree + member.active.index(slot)
+            for member in members
+        )
+        groups.append(GroupSpec(GroupAxis.HOME, (stage, slot), ranks))
     return tuple(groups)
-
-
-def _in_each_stage(
-    axis: GroupAxis, index: tuple[int, ...], strides: list[tuple[int, int]], stages: int
-) -> Iterator[GroupSpec]:
-    """One group a stage; `strides` has the base and the degree of each member."""
-    for stage in range(stages):
-        ranks = tuple([base + stage * degree for base, degree in strides])
-        yield GroupSpec(axis, (stage, *index), ranks)

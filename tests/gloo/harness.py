@@ -31,7 +31,7 @@ import torch.distributed as dist
 from elastic.rendezvous import serve
 from elastic.spawn import Child, Spawner
 from ntp.geometry import ParallelLayout, SlotRef
-from ntp.groups import Coordinate, places, plan_groups
+from ntp.groups import Coordinate, groups_of, places
 from ntp.process_groups import Link, ProcessGroups
 from ntp.sync_plan import plan_sync
 
@@ -90,10 +90,11 @@ class Rank:
         """
         grid = places(layout, stages)
         names = [f"{place}@{generation}" for place in grid]
+        rank = grid.index(Coordinate(slot.replica, stage, slot.slot))
         groups.adopt(
-            plan_groups(layout, plan_sync(layout), stages),
+            groups_of(rank, layout, plan_sync(layout), stages),
             names,
-            grid.index(Coordinate(slot.replica, stage, slot.slot)),
+            rank,
             generation,
             store if store is not None else self.store(),
             frozenset(),

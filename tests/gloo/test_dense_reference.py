@@ -30,6 +30,7 @@ GQA = {"num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 4}
 FEW_GROUPS = {"num_attention_heads": 8, "num_query_groups": 2, "kv_channels": 4}
 MHA = {"num_attention_heads": 8, "kv_channels": 2}
 BIASES = {"add_bias_linear": True}
+IN_PAIRS = {"micro_batch_size": 2}
 TIED = {"untie_embeddings_and_output_weights": False}
 EXPERTS = {"num_moe_experts": 6, "moe_ffn_hidden_size": 11}
 GELU = {"gated_linear_unit": False, "activation": "gelu", "normalization": "LayerNorm"}
@@ -77,14 +78,16 @@ CASES = {
     "gqa_8_2": Case(2, 2, {1: lost(0, 1)}, {**FEW_GROUPS, **GELU, **BIASES}),
     "fail_heal_fail_heal": Case(4, 2, {1: lost(1, 2), 4: (), 7: lost(1, 0), 9: lost(0, 3), 12: ()}),
     "sequence_parallel": Case(
-        4, 2, {1: lost(1, 1)}, {**GQA, **BIASES}, {"sequence_parallel": True}
+        4, 2, {1: lost(1, 1)}, {**GQA, **BIASES}, {"sequence_parallel": True}, IN_PAIRS
     ),
     "sequence_parallel_gelu_tied": Case(
-        4, 2, {1: lost(0, 0, 3)}, {**GQA, **GELU, **TIED}, {"sequence_parallel": True}
+        4, 2, {1: lost(0, 0, 3)}, {**GQA, **GELU, **TIED}, {"sequence_parallel": True}, IN_PAIRS
     ),
-    "recompute": Case(4, 2, {1: lost(1, 3)}, {**GQA, "recompute_granularity": "full"}),
+    "recompute": Case(
+        4, 2, {1: lost(1, 3)}, {**GQA, "recompute_granularity": "full"}, {}, IN_PAIRS
+    ),
     "unequal_batches": Case(
-        4, 2, {1: lost(1, 2, 3)}, {**GQA, **BIASES}, {}, {"micro_batch_size": 2}
+        4, 2, {1: lost(1, 2, 3)}, {**GQA, **BIASES}, {}, {"micro_batch_size": 3}
     ),
     "pp2": Case(2, 2, {1: ((1, 1, 0),)}, {**GQA, **BIASES}, {"pipeline": 2}),
     "pp2_tied_sequence_parallel_recompute": Case(
@@ -93,11 +96,11 @@ CASES = {
         {1: ((1, 0, 1),), 5: (), 6: ((0, 1, 1),)},
         {**GQA, **TIED, "num_layers": 3, "recompute_granularity": "full"},
         {"pipeline": 2, "sequence_parallel": True},
-        {"micro_batch_size": 2},
+        IN_PAIRS,
     ),
-    "experts": Case(4, 2, {1: lost(1, 1), 9: ()}, {**GQA, **EXPERTS}),
+    "experts": Case(4, 2, {1: lost(1, 1), 9: ()}, {**GQA, **EXPERTS}, {}, IN_PAIRS),
     "experts_sequence_parallel": Case(
-        4, 2, {1: lost(0, 3)}, {**GQA, **EXPERTS, **TIED}, {"sequence_parallel": True}
+        4, 2, {1: lost(0, 3)}, {**GQA, **EXPERTS, **TIED}, {"sequence_parallel": True}, IN_PAIRS
     ),
     "pp2_interleaved": Case(
         2, 2, {1: ((1, 0, 0),)}, {**GQA, "num_layers": 4}, {"pipeline": 2, "virtual_pipeline": 2}

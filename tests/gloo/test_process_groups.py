@@ -18,7 +18,7 @@ from dense import SHAPE, layout_of
 from harness import LINK, TIMEOUT_SECONDS, Cluster, Rank
 
 from ntp.geometry import SlotRef
-from ntp.groups import GroupAxis, GroupSpec, places, plan_groups
+from ntp.groups import GroupAxis, GroupSpec, groups_of, places
 from ntp.process_groups import (
     STAR_LIMIT_BYTES,
     GroupSevered,
@@ -200,8 +200,9 @@ def kept_rank(rank: Rank) -> list[float]:
     ends_promptly(lambda: sum_of_ones(groups.world))
     if kept:
         assert groups.intact(key, served.members)
-    specs = plan_groups(LAYOUTS[1], plan_sync(LAYOUTS[1]), 1)
-    groups.adopt(specs, names, LAYOUTS[1].slots().index(slot), 2, store, kept)
+    after = LAYOUTS[1].slots().index(slot)
+    specs = groups_of(after, LAYOUTS[1], plan_sync(LAYOUTS[1]), 1)
+    groups.adopt(specs, names, after, 2, store, kept)
     assert (groups._live[GroupAxis.TENSOR, (slot.replica, 0)] is served) == bool(kept)
     sums += [sum_of_ones(groups.tensor), sum_of_ones(groups.world)]
     return sums

@@ -248,9 +248,7 @@ class SimWorker:
         kept = self._replica_groups() if self.place.replica in plan.kept_replicas else {}
         for key in [key for key in self.comms if key not in kept]:
             self.comms.pop(key).sever(self.member)
-        for spec in plan.groups:
-            if rank not in spec.ranks:
-                continue
+        for spec in plan.groups_of(rank):
             key = (spec.axis, spec.index)
             names = tuple(plan.participants[r].member for r in spec.ranks)
             if key in kept:

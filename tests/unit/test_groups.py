@@ -6,8 +6,23 @@ from hypothesis import strategies as st
 
 from ntp.atoms import AtomCounts
 from ntp.geometry import ParallelLayout, SlotRef, full_layout, with_active
-from ntp.groups import Coordinate, GroupAxis, GroupSpec, places, plan_groups
+from ntp.groups import Coordinate, GroupAxis, GroupSpec, groups_of, places
 from ntp.sync_plan import plan_sync
+
+
+def all_groups(layout: ParallelLayout, stages: int, donors: int = 0) -> list[GroupSpec]:
+    """Every group that some rank is in, once; asserts that its members agree, and on an order."""
+    sync = plan_sync(layout)
+    ranks = range(len(places(layout, stages)) + donors)
+    of = {rank: groups_of(rank, layout, sync, stages, donors) for rank in ranks}
+    groups = list(dict.fromkeys(group for own in of.values() for group in own))
+    order = list(GroupAxis)
+    for rank, own in of.items():
+        assert {group for group in groups if rank in group.ranks} == set(own)
+        # With at most one group of each axis, in one order, nobody waits in a circle.
+        positions = [order.index(group.axis) for group in own]
+        assert positions == sorted(set(positions))
+    return groups
 
 
 @settings(derandomize=True, deadline=None)
@@ -19,12 +34,18 @@ def test_groups_partition_the_world(base: int, stages: int, data: st.DataObject)
         base,
         tuple(with_active(replica, tuple(sorted(data.draw(some)))) for replica in full.replicas),
     )
+    donors = data.draw(st.integers(0, 2))
     sync = plan_sync(layout)
     grid = places(layout, stages)
-    groups = plan_groups(layout, sync, stages)
+    groups = all_groups(layout, stages, donors)
     assert groups[0] == GroupSpec(GroupAxis.WORLD, (), tuple(range(len(grid))))
+    meetings = [group for group in groups if group.axis is GroupAxis.MEETING]
+    everyone = tuple(range(len(grid) + donors))
+    assert meetings == [GroupSpec(GroupAxis.MEETING, (), everyone)][: min(donors, 1)]
     found: dict[GroupAxis, dict[tuple[int, ...], tuple[Coordinate, ...]]] = {}
     for group in groups:
+        if group.axis is GroupAxis.MEETING:
+            continue
         ranks = tuple(grid[rank] for rank in group.ranks)
         assert group.index not in found.setdefault(group.axis, {})
         found[group.axis][group.index] = ranks
@@ -55,7 +76,7 @@ def test_groups_partition_the_world(base: int, stages: int, data: st.DataObject)
 def test_two_stages_of_two_replicas() -> None:
     full = full_layout(AtomCounts(4, 4, 4), 2, 2)
     assert places(full, 2)[:4] == tuple(Coordinate(0, s, t) for s in (0, 1) for t in (0, 1))
-    assert plan_groups(full, plan_sync(full), 2) == (
+    assert set(all_groups(full, 2)) == {
         GroupSpec(GroupAxis.WORLD, (), tuple(range(8))),
         GroupSpec(GroupAxis.STAGE, (0,), (0, 1, 4, 5)),
         GroupSpec(GroupAxis.STAGE, (1,), (2, 3, 6, 7)),
@@ -71,23 +92,29 @@ def test_two_stages_of_two_replicas() -> None:
         GroupSpec(GroupAxis.HOME, (1, 0), (2, 6)),
         GroupSpec(GroupAxis.HOME, (0, 1), (1, 5)),
         GroupSpec(GroupAxis.HOME, (1, 1), (3, 7)),
-    )
+    }
 
 
 def test_a_dropped_replica_has_no_group() -> None:
     full = full_layout(AtomCounts(4, 4, 4), 2, 3)
     layout = ParallelLayout(2, (full.replicas[0], full.replicas[2]))
     assert layout.slots() == (SlotRef(0, 0), SlotRef(0, 1), SlotRef(2, 0), SlotRef(2, 1))
-    assert plan_groups(layout, plan_sync(layout), 1) == (
+    assert set(all_groups(layout, 1)) == {
         GroupSpec(GroupAxis.WORLD, (), (0, 1, 2, 3)),
         GroupSpec(GroupAxis.TENSOR, (0, 0), (0, 1)),
         GroupSpec(GroupAxis.TENSOR, (2, 0), (2, 3)),
         GroupSpec(GroupAxis.HOME, (0, 0), (0, 2)),
         GroupSpec(GroupAxis.HOME, (0, 1), (1, 3)),
-    )
+    }
 
 
 @pytest.mark.parametrize("ranks", [(), (1, 0), (0, 0), (-1, 0)])
 def test_planted_faults_are_rejected(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="ascending and distinct"):
         GroupSpec(GroupAxis.WORLD, (), ranks)
+
+
+def test_a_rank_that_is_not_there() -> None:
+    full = full_layout(AtomCounts(4, 4, 4), 2, 1)
+    with pytest.raises(ValueError, match=r"rank 3 is not one of 0\.\.2"):
+        groups_of(3, full, plan_sync(full), 1, donors=1)
