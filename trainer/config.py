@@ -139,7 +139,8 @@ class TrainConfig(Settings):
     split_batch_by: Literal["degree", "speed", "equal"] = Field(
         default="degree",
         description="What the samples of a replica follow: degree: its most loaded slot's share of "
-        "the model; speed: its measured seconds per sample; equal: nothing.",
+        "the model; speed: its seconds per sample, measured until the newest generation began; "
+        "equal: nothing.",
     )
     seq_length: int = Field(ge=1, description="Tokens (bytes) of one sample.")
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of Adam.")
