@@ -14,7 +14,8 @@ from ntp.exchange import Message
 from ntp.marked_exchange import MarkedExchange
 from ntp.process_groups import ProcessGroups, is_connection_error
 
-BIG = 8 * 1024 * 1024
+BIG = 256 * 1024 * 1024
+"""Elements of a message that takes far longer to travel than a process takes to kill itself."""
 """Elements of a message that no socket takes at once."""
 
 
