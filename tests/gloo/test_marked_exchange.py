@@ -16,7 +16,6 @@ from ntp.process_groups import ProcessGroups, is_connection_error
 
 BIG = 256 * 1024 * 1024
 """Elements of a message that takes far longer to travel than a process takes to kill itself."""
-"""Elements of a message that no socket takes at once."""
 
 
 def joined(rank: Rank) -> ProcessGroups:
