@@ -137,7 +137,6 @@ class Agent:
         self._broken = loop.create_future()
         tasks: list[asyncio.Future[None]] = [
             self._broken,
-            asyncio.create_task(self._keep_alive(lease)),
             asyncio.create_task(self._write(lease)),
             asyncio.create_task(self._listen(self._changes)),
         ]
@@ -373,11 +372,6 @@ class Agent:
             message = await self._outbox.get()
             under = lease if isinstance(message, AgentRecord) else None
             await self._store.put(key_of(self._spec.job, message), encode(message), under)
-
-    async def _keep_alive(self, lease: Lease) -> None:
-        while True:
-            await asyncio.sleep(self._spec.health.lease_seconds / 3)
-            await lease.keep_alive()
 
 
 def for_node(spec: NodeSpec, node: int, devices: Sequence[DeviceId]) -> NodeSpec:
