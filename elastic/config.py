@@ -95,8 +95,19 @@ class HealthConfig(Settings):
     lease_seconds: float = Field(
         default=5.0,
         gt=0,
-        description="Seconds that an agent's record in the store outlives it. Nothing reacts to "
-        "its end yet: in a one-machine run agents live and die with the launcher.",
+        description="Seconds that an agent's record in the store outlives it; then its node counts "
+        "as lost. Etcd rounds up to whole seconds, at least two.",
+    )
+    leader_lease_seconds: float = Field(
+        default=2.0,
+        gt=0,
+        description="Seconds that the lead of a controller outlives it; then a standby takes over.",
+    )
+    agent_timeout_seconds: float = Field(
+        default=0.5,
+        gt=0,
+        description="Seconds an agent may take to answer for itself when peers lost connections "
+        "and no failure explains it; one that does not is lost with its node.",
     )
     corroboration_seconds: float = Field(
         default=1.0,

@@ -14,20 +14,26 @@ Events go in with the time, effects come out; the driver performs them. The mach
 A failure of a placed worker in any phase but the last two announces the next generation, whatever
 the present one was doing. The job starts as a generation 1 for which everybody is awaited and
 nobody has to stop.
+
+Everything that the machine decides is written to the store before anybody acts on it, so another
+controller can go on from what is recorded there (`begin`), in whatever phase this one was lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, get_args
 
+from elastic.adoption import Adoption
 from elastic.effects import (
     Effect,
     Event,
     Finish,
+    ForgetNode,
     Limits,
+    NodeLost,
     Note,
+    Outage,
     Phase,
     Send,
     StopRequested,
@@ -41,11 +47,11 @@ from elastic.messages import (
     Failed,
     FaultFired,
     Fence,
+    NodeAlive,
     NodeProgress,
     NodeReport,
     PhaseDone,
     Quiesce,
-    Quiesced,
     RecoveryPhase,
     StepDone,
     Stop,
@@ -54,49 +60,97 @@ from elastic.notes import failure_note, fault_note, plan_note
 from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan
 from elastic.planner import JobShape, Situation, complete_slots, home_devices, plan_generation
+from elastic.quiescence import Quiescence
+from elastic.recorded import NOTHING_RECORDED, Recorded
 from elastic.topology import DeviceId, Member
+from health.classify import NodeGone, classify
 
 
 class ProtocolError(RuntimeError):
     """An event that the controller's phase does not allow: a bug, or a foreign message."""
 
 
-@dataclass(slots=True)
-class _Awaited:
-    """What the phase in progress waits for."""
-
-    members: set[Member] = field(default_factory=set)
-    deadline: float = float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class _Suspicion:
-    """Workers lost a connection, and no failure explains it by `deadline`."""
-
-    deadline: float
-    cause: str
-
-
 class Controller:
     """The machine. Attributes are for reading; `handle` is the only way to change them."""
 
     def __init__(
-        self, shape: JobShape, devices: tuple[DeviceId, ...], limits: Limits, now: float
+        self,
+        shape: JobShape,
+        devices: tuple[DeviceId, ...],
+        limits: Limits,
+        now: float,
+        recorded: Recorded = NOTHING_RECORDED,
     ) -> None:
         self.phase = Phase.QUIESCING
-        self.generation = 1
-        self.plans: dict[int, Plan] = {}
-        self.committed: dict[Member, int] = {}
+        self.generation = max(1, recorded.generation)
+        self.plans: dict[int, Plan] = dict(recorded.plans)
+        self.committed = dict(recorded.committed)
         self._shape = shape
         self._limits = limits
         self._members = Membership(home_devices(shape, devices))
         self._fruitless = 0
         self._progress_at_announcement = -1
-        self._answers: dict[Member, Quiesced] = {}
-        self._awaited = _Awaited(deadline=now + limits.spawn_timeout_seconds)
-        self._phases_done: dict[RecoveryPhase, dict[Member, float]] = {}
-        self._suspicion: _Suspicion | None = None
+        self._quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
+        self._adoption = Adoption(self.generation, ())
         self._pace = PaceLog(self.plans)
+        self._recorded = recorded
+
+    def begin(self, journaled: Collection[str], now: float) -> list[Effect]:
+        """Go on from what was recorded, before the first event.
+
+        `journaled` are the ids of failures that the journal has already.
+        """
+        recorded = self._recorded
+        for record in recorded.nodes:
+            self._members.record(record)
+        for failed in recorded.failures:
+            self._members.remove(_member(failed))
+        placed = self._placed()
+        self.committed = {m: step for m, step in self.committed.items() if m in placed}
+        effects: list[Effect] = [
+            self._failure_note(failed)
+            for failed in recorded.failures
+            if failed.failure.id not in journaled
+        ]
+        if recorded.generation:
+            fields = {"generation": self.generation, "step": self._step_in_flight()}
+            effects.append(Note("took_over", fields))
+        if recorded.announced is not None:
+            patience = self._limits.pause_timeout_seconds
+            awaited = self._involved() & self._members.alive()
+            self._quiescence = Quiescence(awaited, now + patience)
+            if recorded.announced.ask_agents:
+                self._ask_agents(now)
+            for report in recorded.reports:
+                self._quiescence.take(report)
+            for node in recorded.heard:
+                self._quiescence.hear(node)
+            return effects + self._plan_if_quiet(now)
+        if not self.plans:
+            return effects + self._plan_if_quiet(now)
+        return effects + self._go_on(now)
+
+    def _go_on(self, now: float) -> list[Effect]:
+        """Nothing was announced since the newest plan: find out how far its workers came."""
+        involved = self._involved()
+        self.phase = Phase.REBUILDING
+        self._adoption = Adoption(self.generation, involved)
+        current = [
+            status
+            for status in self._recorded.statuses.values()
+            if status.generation == self.generation and status.member in involved
+        ]
+        for phase in RecoveryPhase:
+            for status in current:
+                if phase in status.phases:
+                    self._phase_done(PhaseDone(self.generation, status.member, phase, now))
+        if lost := sorted(self._involved() - self._members.alive()):
+            names = ", ".join(str(member.device) for member in lost)
+            return self._announce(f"{names} failed while nobody led", True, now)
+        for status in current:
+            if status.broken:
+                self._suspect(status.member, now)
+        return self._complete_if_done() or self._grow_if_possible(now)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event; returns the effects in the order in which they must be performed."""
@@ -127,7 +181,11 @@ class Controller:
         return []
 
     def _agent_record(self, event: AgentRecord, now: float) -> list[Effect]:
-        self._members.record(event)
+        ended = self._members.record(event)
+        if ended & self._involved():
+            # Its agent was gone and is back, and nobody saw the time between.
+            names = ", ".join(str(member.device) for member in sorted(ended))
+            return self._announce(f"the agent of {names} began anew", True, now)
         if self.phase is Phase.QUIESCING:
             return self._plan_if_quiet(now)
         if self.phase is Phase.RUNNING:
@@ -135,34 +193,39 @@ class Controller:
         return []
 
     def _failed(self, event: Failed, now: float) -> list[Effect]:
-        failure = event.failure
-        member = Member(failure.device, failure.incarnation)
-        placed = member in self._involved() or not self.plans
+        member = _member(event)
+        involved = member in self._involved()
         self._members.remove(member)
-        self._awaited.members.discard(member)
-        effects: list[Effect] = [
-            failure_note(
-                event,
-                phase=self.phase,
-                step_in_flight=self._step_in_flight(),
-                placed=placed,
-                generation=max(self.plans, default=0),
-            )
-        ]
-        if not self.plans:
-            # Nothing to recover from yet: the agents replace it, or the start times out.
-            return effects
-        if member in self._involved():
-            effects += self._announce(f"{failure.device} {failure.kind}", True, now)
+        self._quiescence.drop(member)
+        effects: list[Effect] = [self._failure_note(event)]
+        if involved and self.plans:
+            device, kind = event.failure.device, event.failure.kind
+            effects += self._announce(f"{device} {kind}", True, now)
+        # Without a plan there is nothing to recover: agents replace it, or the start times out.
         return effects
+
+    def _node_lost(self, event: NodeLost, now: float) -> list[Effect]:
+        lost = self._members.remove_node(event.node)
+        hit = bool(lost & self._involved()) and bool(self.plans)
+        effects: list[Effect] = []
+        for member in sorted(lost):
+            self._quiescence.drop(member)
+            gone = NodeGone(member.device, member.incarnation, event.evidence)
+            failure = classify(gone, device_healthy=False, now=now)
+            effects.append(self._failure_note(Failed(failure, None, None, None)))
+        if hit:
+            effects += self._announce(f"node{event.node} is lost", True, now)
+        return effects
+
+    def _node_alive(self, event: NodeAlive, now: float) -> list[Effect]:
+        if event.generation == self.generation:
+            self._quiescence.hear(event.node)
+        return []
 
     def _node_report(self, event: NodeReport, now: float) -> list[Effect]:
         if event.generation != self.generation:
             return []
-        for answer in event.workers:
-            if answer.member in self._awaited.members:
-                self._answers[answer.member] = answer
-                self._awaited.members.discard(answer.member)
+        self._quiescence.take(event)
         return self._plan_if_quiet(now)
 
     def _node_progress(self, event: NodeProgress, now: float) -> list[Effect]:
@@ -177,12 +240,7 @@ class Controller:
                 case ConnectionLost() if note.generation == self.generation and self._adopting:
                     detail = {"member": str(note.member), "detail": note.detail}
                     effects.append(Note("connection_lost", detail))
-                    # A broken connection is usually the echo of a failure whose report is on its
-                    # way; acting on it at once would cost a second generation.
-                    self._suspicion = self._suspicion or _Suspicion(
-                        now + self._limits.corroboration_seconds,
-                        f"{note.member} lost a connection that no failure explains",
-                    )
+                    self._suspect(note.member, now)
                 case FaultFired():
                     effects.append(fault_note(note))
                 case _:
@@ -195,30 +253,43 @@ class Controller:
         return effects
 
     def _tick_adopting(self, event: Tick, now: float) -> list[Effect]:
-        if self._suspicion is None or now < self._suspicion.deadline:
+        if (suspicion := self._adoption.overdue(now)) is None:
             return []
-        return self._announce(self._suspicion.cause, True, now)
+        return self._announce(suspicion.cause, True, now, ask_agents=True)
 
     def _tick(self, event: Tick, now: float) -> list[Effect]:
-        if now < self._awaited.deadline:
+        limits = self._limits
+        effects: list[Effect] = []
+        for node in self._quiescence.silent(now):
+            waited = limits.agent_timeout_seconds
+            evidence = f"its agent did not answer for {waited:g} s while peers lost connections"
+            effects += [ForgetNode(node), *self._node_lost(NodeLost(node, evidence), now)]
+        if effects:
+            return effects
+        if not self._quiescence.is_late(now):
             return []
         if not self.plans:
-            waited = self._limits.spawn_timeout_seconds
+            waited = limits.spawn_timeout_seconds
             missing = ", ".join(str(device) for device in self._members.missing())
             return self._halt(
                 f"workers on {missing} were not ready {waited:g} s after the start; "
                 "see their logs, or raise health.spawn_timeout_seconds"
             )
-        waited = self._limits.quiesce_timeout_seconds
-        self._awaited.deadline = now + waited
-        return [
-            Send(Fence(member, f"stop for generation {self.generation}", waited))
-            for member in sorted(self._awaited.members)
-        ]
+        waited = limits.quiesce_timeout_seconds
+        self._quiescence.extend(now + waited)
+        asked_to = f"stop for generation {self.generation}"
+        late = sorted(self._quiescence.awaited)
+        return [Send(Fence(member, asked_to, waited)) for member in late]
+
+    def _outage(self, event: Outage, now: float) -> list[Effect]:
+        """Nobody could report for a while, so nobody is late for it."""
+        self._quiescence.postpone(event.seconds)
+        self._adoption.postpone(event.seconds)
+        return [Note("store_outage", {"seconds": event.seconds})]
 
     def _stop_requested(self, event: StopRequested, now: float) -> list[Effect]:
         self.phase = Phase.HALTED
-        return [Send(Stop(event.reason)), Finish("interrupted", event.reason)]
+        return _end(event.outcome, event.reason)
 
     # Transitions.
 
@@ -231,8 +302,20 @@ class Controller:
             Phase.RUNNING,
         )
 
-    def _announce(self, cause: str, urgent: bool, now: float) -> list[Effect]:
-        """Begin the next generation: everybody placed and alive is to stop."""
+    def _suspect(self, member: Member, now: float) -> None:
+        self._adoption.suspect(member, now + self._limits.corroboration_seconds)
+
+    def _ask_agents(self, now: float) -> None:
+        nodes = {member.device.node for member in self._quiescence.awaited}
+        self._quiescence.expect_agents(nodes, now + self._limits.agent_timeout_seconds)
+
+    def _announce(
+        self, cause: str, urgent: bool, now: float, *, ask_agents: bool = False
+    ) -> list[Effect]:
+        """Begin the next generation: everybody placed and alive is to stop.
+
+        `ask_agents`: nobody knows who is gone, so the agents are to say that they live.
+        """
         self.generation += 1
         if self.generation - 1 > self._limits.max_recoveries:
             return self._halt(
@@ -251,33 +334,32 @@ class Controller:
         alive = self._members.alive()
         involved = self._involved()
         self.phase = Phase.QUIESCING
-        self._answers = {}
-        self._phases_done = {}
-        self._suspicion = None
         limits = self._limits
         patience = limits.quiesce_timeout_seconds if urgent else limits.pause_timeout_seconds
-        self._awaited = _Awaited(involved & alive, now + patience)
+        self._quiescence = Quiescence(involved & alive, now + patience)
+        if ask_agents:
+            self._ask_agents(now)
         reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
-        quiesce = Quiesce(self.generation, urgent, tuple(sorted(involved - alive)), reason)
+        lost = tuple(sorted(involved - alive))
+        quiesce = Quiesce(self.generation, urgent, lost, reason, ask_agents)
         fields = {
             "generation": self.generation,
             "urgent": urgent,
             "lost": [str(member) for member in quiesce.lost],
-            "awaited": len(self._awaited.members),
+            "awaited": len(self._quiescence.awaited),
             "reason": reason,
         }
         return [Send(quiesce), Note("quiesce", fields), *self._plan_if_quiet(now)]
 
     def _plan_if_quiet(self, now: float) -> list[Effect]:
-        if not self.plans:
-            if self._members.missing():
-                return []
-        elif self._awaited.members:
+        incomplete = self._quiescence.awaited if self.plans else self._members.missing()
+        if incomplete:
             return []
+        answers = self._quiescence.answers
         situation = Situation(
             generation=self.generation,
             workers=self._members.workers(),
-            answers=self._answers,
+            answers=answers,
             history=self.plans,
             rendezvous=self._members.rendezvous,
             paces=self._pace.paces,
@@ -289,47 +371,33 @@ class Controller:
         committed = max((self.committed[m] for m in alive & set(self.committed)), default=-1)
         self.plans[self.generation] = plan
         self.phase = Phase.REBUILDING
-        self._awaited = _Awaited()
+        self._adoption = Adoption(self.generation, self._involved())
         placed = self._placed()
         self.committed = {
             member: answer.standing.committed
-            for member, answer in self._answers.items()
+            for member, answer in answers.items()
             if answer.standing is not None and member in placed
         }
         effects: list[Effect] = [Send(Adopt(plan))]
-        if self._answers:
-            stopped_at = max(answer.at for answer in self._answers.values())
+        if answers:
+            stopped_at = max(answer.at for answer in answers.values())
             quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
             effects.append(Note("phase_done", quiesced))
         lost_steps = max(0, committed + 1 - plan.resume_step)
         return [*effects, plan_note(plan, self._shape.sizes, lost_steps)]
 
     def _phase_done(self, note: PhaseDone) -> list[Effect]:
-        done = self._phases_done.setdefault(note.phase, {})
-        done[note.member] = note.at
         if note.phase is RecoveryPhase.RESUME and self.plan and note.member in self._placed():
             before = self.committed.get(note.member, -1)
             self.committed[note.member] = max(before, self.plan.resume_step - 1)
-        if set(done) != self._involved():
+        done_at = self._adoption.take(note)
+        if done_at is None:
             return []
-        effects: list[Effect] = [
-            Note(
-                "phase_done",
-                {
-                    "generation": note.generation,
-                    "phase": note.phase,
-                    "done_at": max(done.values()),
-                },
-            )
-        ]
-        match note.phase:
-            case RecoveryPhase.REBUILD:
-                self.phase = Phase.RESHARDING
-            case RecoveryPhase.RESHARD:
-                self.phase = Phase.RESUMING
-            case RecoveryPhase.RESUME:
-                self.phase = Phase.RUNNING
-                effects.append(Note("running", {"generation": note.generation}))
+        self.phase = self._adoption.phase
+        fields = {"generation": note.generation, "phase": note.phase, "done_at": done_at}
+        effects: list[Effect] = [Note("phase_done", fields)]
+        if self.phase is Phase.RUNNING:
+            effects.append(Note("running", {"generation": note.generation}))
         return effects
 
     def _grow_if_possible(self, now: float) -> list[Effect]:
@@ -354,14 +422,31 @@ class Controller:
             return []
         self.phase = Phase.COMPLETED
         reason = f"all {self._shape.steps} steps are committed"
-        return [Send(Stop(reason)), Finish("completed", reason)]
+        return _end("completed", reason)
 
     def _halt(self, reason: str) -> list[Effect]:
         self.phase = Phase.HALTED
-        return [Note("halt", {"reason": reason}), Send(Stop(reason)), Finish("halted", reason)]
+        return [Note("halt", {"reason": reason}), *_end("halted", reason)]
 
     def _step_in_flight(self) -> int:
         return max(self.committed.values(), default=-1) + 1
+
+    def _failure_note(self, failed: Failed) -> Note:
+        return failure_note(
+            failed,
+            phase=self.phase,
+            step_in_flight=self._step_in_flight(),
+            placed=_member(failed) in self._involved() or not self.plans,
+            generation=max(self.plans, default=0),
+        )
+
+
+def _end(outcome: str, reason: str) -> list[Effect]:
+    return [Send(Stop(reason, outcome)), Finish(outcome, reason)]
+
+
+def _member(failed: Failed) -> Member:
+    return Member(failed.failure.device, failed.failure.incarnation)
 
 
 _Handler = Callable[[Controller, Any, float], list[Effect]]
@@ -379,17 +464,24 @@ _TABLE: Mapping[tuple[Phase, type[Any]], _Handler] = {
     **{(phase, Failed): Controller._failed for phase in _LIVE},
     **{(phase, NodeProgress): Controller._node_progress for phase in _LIVE},
     **{(phase, StopRequested): Controller._stop_requested for phase in _LIVE},
+    **{(phase, NodeLost): Controller._node_lost for phase in _LIVE},
+    **{(phase, Outage): Controller._outage for phase in _LIVE},
     (Phase.QUIESCING, NodeReport): Controller._node_report,
+    (Phase.QUIESCING, NodeAlive): Controller._node_alive,
     (Phase.QUIESCING, Tick): Controller._tick,
     **{
         (phase, event): handler
         for phase in _LIVE
         if phase is not Phase.QUIESCING
-        for event, handler in ((NodeReport, Controller._ignore), (Tick, Controller._tick_adopting))
+        for event, handler in (
+            (NodeReport, Controller._ignore),
+            (NodeAlive, Controller._ignore),
+            (Tick, Controller._tick_adopting),
+        )
     },
     **{
         (phase, event): Controller._ignore
         for phase in (Phase.COMPLETED, Phase.HALTED)
-        for event in (AgentRecord, Failed, NodeReport, NodeProgress, Tick, StopRequested)
+        for event in get_args(Event)
     },
 }

@@ -1,81 +1,94 @@
-"""The one loop around the controller: store changes and time in, effects out.
+"""A candidate for the lead of a job: stands by until it leads, and drives the job while it does.
 
-Effects are performed in the order in which the machine gave them. What goes to the store is written
-before the next event is taken, so a controller that restarts finds what it had decided.
+If the lead is lost in the middle of it, which the store tells with the next write, the driver
+stands by again. It returns when the job is over, whoever ended it.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import Callable
 
 from elastic.controller import Controller
-from elastic.effects import Effect, Event, Finish, Note, Send, StopRequested, Tick
-from elastic.keys import decode, encode, job_prefix, key_of
-from elastic.messages import Adopt, AgentRecord, Failed, NodeProgress, NodeReport, StoreMessage
-from elastic.store import Change, Store
+from elastic.effects import Finish, StopRequested
+from elastic.journal import Recorder
+from elastic.keys import decode, job_prefix, position_key
+from elastic.leadership import Leadership, elected
+from elastic.recorded import Recorded, read_messages
+from elastic.store import GuardFailed, LeaseLost, Store
+from elastic.term import Term
 
-TICK_SECONDS = 0.1
+MakeController = Callable[[Recorded, float], Controller]
+"""Given what the store says of the job, and the time."""
+OpenRecorder = Callable[[Controller], Recorder]
 
-Observer = Callable[[float, StoreMessage | Note | Finish], None]
-"""Called with the time for every message taken and every note and finish given."""
+_log = logging.getLogger(__name__)
 
 
 class Driver:
-    """Runs one controller. `stop` may be called at any time from the event loop."""
+    """One candidate. `stop` may be called at any time from the event loop.
 
-    def __init__(self, controller: Controller, store: Store, job: str, observe: Observer) -> None:
-        self._controller = controller
+    `name` tells this candidate from others; `lease_seconds` is how long its lead outlives it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        job: str,
+        name: str,
+        lease_seconds: float,
+        make_controller: MakeController,
+        open_recorder: OpenRecorder,
+    ) -> None:
         self._store = store
         self._job = job
-        self._observe = observe
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._changes = store.watch(job_prefix(job))
+        self._name = name
+        self._lease_seconds = lease_seconds
+        self._make_controller = make_controller
+        self._open_recorder = open_recorder
+        self._wish: StopRequested | None = None
+        self._term: Term | None = None
 
-    def stop(self, reason: str) -> None:
-        """End the job as interrupted."""
-        self._events.put_nowait(StopRequested(reason))
+    def stop(self, reason: str, outcome: str = "interrupted") -> None:
+        """End the job, now or as soon as this driver leads it."""
+        self._wish = StopRequested(reason, outcome)
+        if self._term is not None:
+            self._term.take(self._wish)
 
     async def run(self) -> Finish:
         """Drive until the job is over; returns how it ended."""
-        feeders = [
-            asyncio.create_task(self._feed(self._changes)),
-            asyncio.create_task(self._tick()),
-        ]
-        try:
-            while True:
-                event = await self._events.get()
-                now = time.time()
-                if isinstance(event, AgentRecord | Failed | NodeReport | NodeProgress):
-                    self._observe(now, event)
-                for effect in self._controller.handle(event, now):
-                    await self._perform(effect)
-                    if isinstance(effect, Finish):
-                        return effect
-        finally:
-            for feeder in feeders:
-                feeder.cancel()
-            await asyncio.gather(*feeders, return_exceptions=True)
-
-    async def _perform(self, effect: Effect) -> None:
-        match effect:
-            case Send(message):
-                write: Any = self._store.create if isinstance(message, Adopt) else self._store.put
-                await write(key_of(self._job, message), encode(message))
-            case Note() | Finish():
-                self._observe(time.time(), effect)
-
-    async def _feed(self, changes: AsyncIterator[Change]) -> None:
-        async for change in changes:
-            if change.value is None:
-                continue
-            message = decode(change.value)
-            if isinstance(message, AgentRecord | Failed | NodeReport | NodeProgress):
-                self._events.put_nowait(message)
-
-    async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_SECONDS)
-            self._events.put_nowait(Tick())
+            try:
+                async with elected(
+                    self._store, self._job, self._name, self._lease_seconds
+                ) as leadership:
+                    return await self._lead(leadership)
+            except (GuardFailed, LeaseLost) as error:
+                _log.warning("%s leads no more and stands by: %s", self._name, error)
+
+    async def _lead(self, leadership: Leadership) -> Finish:
+        snapshot = await self._store.get_prefix(job_prefix(self._job))
+        found = [decode(self._job, key, value) for key, value in snapshot.values.items()]
+        recorded = read_messages(message for message in found if message is not None)
+        if recorded.stop is not None:
+            return Finish(recorded.stop.outcome, recorded.stop.reason)
+        controller = self._make_controller(recorded, time.time())
+        written = snapshot.values.get(position_key(self._job))
+        with contextlib.closing(self._open_recorder(controller)) as recorder:
+            self._term = Term(
+                self._store,
+                self._job,
+                leadership,
+                controller,
+                recorder,
+                begins_at=snapshot.revision,
+                written_to=int(written) if written is not None else snapshot.revision,
+            )
+            if self._wish is not None:
+                self._term.take(self._wish)
+            try:
+                return await self._term.run()
+            finally:
+                self._term = None

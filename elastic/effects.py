@@ -16,6 +16,7 @@ from elastic.messages import (
     AgentRecord,
     Failed,
     Fence,
+    NodeAlive,
     NodeProgress,
     NodeReport,
     Quiesce,
@@ -42,12 +43,38 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """A person wants the job to end."""
+    """A person wants the job to end, or something failed without which it cannot go on."""
 
     reason: str
+    outcome: str = "interrupted"
 
 
-Event = AgentRecord | Failed | NodeReport | NodeProgress | Tick | StopRequested
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    """A node's agent is gone: its lease ended. `evidence` is what a person would want to read."""
+
+    node: int
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """The store did not answer for so many seconds, and now does."""
+
+    seconds: float
+
+
+Event = (
+    AgentRecord
+    | Failed
+    | NodeAlive
+    | NodeReport
+    | NodeProgress
+    | NodeLost
+    | Outage
+    | Tick
+    | StopRequested
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +93,13 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetNode:
+    """Effect: delete the record of a node that was found lost before its lease ended."""
+
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Effect: the job is over."""
 
@@ -73,7 +107,7 @@ class Finish:
     reason: str
 
 
-Effect = Note | Send | Finish
+Effect = Note | Send | ForgetNode | Finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,5 +122,6 @@ class Limits:
     quiesce_timeout_seconds: float
     pause_timeout_seconds: float
     corroboration_seconds: float
+    agent_timeout_seconds: float
     max_recoveries: int
     max_fruitless_recoveries: int

@@ -1,15 +1,14 @@
 """The files of a run: journal.jsonl, steps.jsonl, and summary.json at its end.
 
-The recorder sits beside the driver and sees what the controller sees. It writes on change, one
-named event with its fields a line, and tells the same to its listener (the live view). It runs in
-the launcher, so no worker ever waits for a file.
+The recorder sits beside the controller and sees what it sees. It writes on change, one named event
+with its fields a line, and tells the same to its listener (the live view). No worker ever waits for
+a file. A controller that takes over opens the files of its predecessor and goes on with them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,24 +37,43 @@ STEP_FIELDS = (
 
 
 class Recorder:
-    """Writes the files of one run. `close` finishes them and returns the summary.
-
-    `injected` are the faults that struck.
-    """
+    """Writes the files of one run. `faults` are the ids of those that are to be injected."""
 
     def __init__(
-        self, run_dir: Path, job: str, plans: Mapping[int, Plan], listener: Listener
+        self,
+        run_dir: Path,
+        job: str,
+        plans: Mapping[int, Plan],
+        listener: Listener,
+        faults: tuple[int, ...] = (),
     ) -> None:
         self._run_dir = run_dir
         self._job = job
         self._listener = listener
-        self._step_log = StepLog(plans)
-        self._journal: list[dict[str, Any]] = []
-        self._steps: list[dict[str, Any]] = []
-        self.injected: set[int] = set()
+        self._faults = faults
+        self._journal = _read_lines(run_dir / "journal.jsonl")
+        self._steps = _read_lines(run_dir / "steps.jsonl")
+        last = self._steps[-1]["step"] if self._steps else -1
+        self._step_log = StepLog(plans, after=last)
         self._ready: dict[int, tuple[str, ...]] = {}
+        self._outcome: str | None = None
         self._journal_file = _open(run_dir / "journal.jsonl")
         self._steps_file = _open(run_dir / "steps.jsonl")
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was written yet."""
+        return not self._journal
+
+    @property
+    def failures(self) -> frozenset[str]:
+        """Ids of the failures in the journal."""
+        return frozenset(e["id"] for e in self._journal if e["event"] == "failure")
+
+    @property
+    def injected(self) -> frozenset[int]:
+        """The faults that struck."""
+        return frozenset(e["fault"] for e in self._journal if e["event"] == "fault_injected")
 
     def observe(self, at: float, seen: StoreMessage | Note | Finish) -> None:
         """Take what the driver saw or did at time `at`."""
@@ -63,6 +81,10 @@ class Recorder:
             case Note(event, fields):
                 self.note(at, event, fields)
             case Finish(outcome, reason):
+                self._outcome = outcome
+                self._write_steps(self._step_log.flush())
+                for fault in sorted(set(self._faults) - self.injected):
+                    self.note(at, "fault_not_injected", {"fault": fault})
                 self.note(at, "finish", {"outcome": outcome, "reason": reason})
             case AgentRecord():
                 ready = tuple(str(member) for member in seen.ready)
@@ -82,28 +104,29 @@ class Recorder:
         entry = msgspec.json.decode(msgspec.json.encode({"at": at, "event": event, **fields}))
         self._journal.append(entry)
         _write_line(self._journal_file, entry)
-        if event == "fault_injected":
-            self.injected.add(entry["fault"])
         self._listener(event, entry)
 
-    def close(self, outcome: str) -> dict[str, Any]:
-        """Write what is left and summary.json; returns the summary."""
-        self._write_steps(self._step_log.flush())
+    def close(self) -> None:
+        """Close the files; write summary.json if the job is over."""
         self._journal_file.close()
         self._steps_file.close()
-        summary = summarize(self._job, self._journal, self._steps, outcome)
+        if self._outcome is None:
+            return
+        summary = summarize(self._job, self._journal, self._steps, self._outcome)
         encoded = msgspec.json.format(msgspec.json.encode(summary), indent=2)
         partial = self._run_dir / "summary.json.partial"
         partial.write_bytes(encoded + b"\n")
         partial.replace(self._run_dir / "summary.json")
-        return summary
 
     def _write_steps(self, lines: list[StepLine]) -> None:
         for line in lines:
-            fields = asdict(line)
-            _write_line(self._steps_file, {name: fields[name] for name in STEP_FIELDS})
-            entry = {**fields, "replicas_equal": line.replicas_equal}
+            entry = {name: getattr(line, name) for name in STEP_FIELDS}
+            _write_line(self._steps_file, entry)
+            before = self._steps[-1]["generation"] if self._steps else 0
             self._steps.append(entry)
+            if line.generation > before:
+                resumed = {"generation": line.generation, "step": line.step}
+                self.note(line.at, "resumed", resumed)
             if line.replicas_equal is False:
                 digests = {str(replica): digest for replica, digest in line.replica_digests}
                 self.note(line.at, "replicas_differ", {"step": line.step, "digests": digests})
@@ -113,8 +136,13 @@ class Recorder:
 
 
 def _open(path: Path) -> IO[bytes]:
-    # Line by line to disk: a killed launcher leaves whole lines.
-    return path.open("wb", buffering=0)
+    # Line by line to disk: whoever is killed leaves whole lines.
+    return path.open("ab", buffering=0)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries that a predecessor wrote, if there was one."""
+    return [msgspec.json.decode(line) for line in path.open("rb")] if path.exists() else []
 
 
 def _write_line(file: IO[bytes], entry: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from elastic.messages import (
     AgentRecord,
     Failed,
     Fence,
+    NodeAlive,
     NodeProgress,
     NodeReport,
     Quiesce,
@@ -16,10 +17,13 @@ from elastic.messages import (
     StoreMessage,
 )
 
+AGENTS = "agents/"
+_MESSAGES = frozenset({"commands", "plan", "agents", "events", "alive", "reports", "progress"})
+
 
 def key_of(job: str, message: StoreMessage) -> str:
     """The key that `message` is written under."""
-    return f"/everstep/{job}/{_path(message)}"
+    return f"{job_prefix(job)}{_path(message)}"
 
 
 def job_prefix(job: str) -> str:
@@ -27,13 +31,45 @@ def job_prefix(job: str) -> str:
     return f"/everstep/{job}/"
 
 
+def leader_key(job: str) -> str:
+    """Whoever created this one leads the job; see `elastic.leadership`."""
+    return f"{job_prefix(job)}leader"
+
+
+def position_key(job: str) -> str:
+    """Up to which revision the run's files are written."""
+    return f"{job_prefix(job)}written"
+
+
+def life_key(job: str, node: int) -> str:
+    """How many agents a node has had."""
+    return f"{job_prefix(job)}lives/{node}"
+
+
+def agent_key(job: str, node: int) -> str:
+    """The record of a node's agent."""
+    return f"{job_prefix(job)}{AGENTS}{node}"
+
+
+def node_of_agent(job: str, key: str) -> int | None:
+    """The node whose agent's record `key` is; None if it is another key."""
+    path = key.removeprefix(job_prefix(job))
+    return int(path.removeprefix(AGENTS)) if path.startswith(AGENTS) else None
+
+
 def encode(message: StoreMessage) -> bytes:
     """The value of a key. Not JSON, which has no number for a loss that is not finite."""
     return msgspec.msgpack.encode(message)
 
 
-def decode(value: bytes) -> StoreMessage:
-    """Inverse of `encode`. Raises msgspec.ValidationError for a foreign value."""
+def decode(job: str, key: str, value: bytes) -> StoreMessage | None:
+    """Inverse of `encode`; None where `key` holds no message.
+
+    Raises msgspec.ValidationError for a foreign value.
+    """
+    kind = key.removeprefix(job_prefix(job)).partition("/")[0]
+    if kind not in _MESSAGES:
+        return None
     return msgspec.msgpack.decode(value, type=StoreMessage)  # type: ignore[no-any-return]
 
 
@@ -48,9 +84,11 @@ def _path(message: StoreMessage) -> str:
         case Stop():
             return "commands/stop"
         case AgentRecord():
-            return f"agents/{message.node}"
+            return f"{AGENTS}{message.node}"
         case Failed():
             return f"events/{message.failure.id}"
+        case NodeAlive():
+            return f"alive/{message.generation}/{message.node}"
         case NodeReport():
             return f"reports/{message.generation}/{message.node}"
         case NodeProgress():

@@ -8,6 +8,7 @@ all processes are gone, whether the job completed, halted, or was interrupted by
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic.agent import Agent, NodeSpec, WorkerMain, for_node
+from elastic.agent import Agent, for_node
 from elastic.config import ClusterConfig, HealthConfig
 from elastic.controller import Controller
 from elastic.driver import Driver
@@ -24,8 +25,11 @@ from elastic.effects import Finish, Limits
 from elastic.faults import Fault
 from elastic.journal import Listener, Recorder
 from elastic.memory_store import MemoryStore
+from elastic.node_workers import NodeSpec, WorkerMain
 from elastic.planner import JobShape
+from elastic.recorded import Recorded
 from elastic.spawn import Spawner
+from elastic.store import Store
 from elastic.topology import DeviceId
 
 LOOPBACK = "127.0.0.1"
@@ -85,11 +89,6 @@ async def _run(run: LocalRun, listener: Listener) -> Ended:
     logs.mkdir(parents=True, exist_ok=True)
     store, spawner = MemoryStore(), Spawner(run.preload)
     devices = placed_devices(run)
-    started_at = time.time()
-    controller = Controller(run.shape, devices, _limits(run.health), started_at)
-    recorder = Recorder(run.run_dir, run.job, controller.plans, listener)
-    recorder.note(started_at, "start", {"job": run.job, "workers": len(devices)})
-    driver = Driver(controller, store, run.job, recorder.observe)
     template = NodeSpec(
         job=run.job,
         node=0,
@@ -100,31 +99,43 @@ async def _run(run: LocalRun, listener: Listener) -> Ended:
         logs=logs,
         worker_main=run.worker_main,
         payload=run.payload,
-        started_at=started_at,
+        started_at=time.time(),
     )
     nodes = sorted({device.node for device in devices})
     agents = [Agent(for_node(template, node, devices), store, spawner) for node in nodes]
+    driver = candidate(run, devices, store, "launcher", listener)
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
         name = signal.Signals(number).name
         loop.add_signal_handler(number, driver.stop, f"the launcher received {name}")
     for received in early:
         driver.stop(f"the launcher received {signal.Signals(received).name}")
-    ended = Finish("failed", "the launcher failed")
     try:
         ended = await _drive(driver, agents)
-    except Exception as error:
-        # The run's files must be finished, and say why, also when the launcher itself is wrong.
-        traceback.print_exc()
-        ended = Finish("failed", f"{type(error).__name__}: {error}")
-        recorder.observe(time.time(), ended)
     finally:
         await loop.run_in_executor(None, spawner.close)
-        for fault in run.faults:
-            if fault.id not in recorder.injected:
-                recorder.note(time.time(), "fault_not_injected", {"fault": fault.id})
-        summary = recorder.close(ended.outcome)
+    summary = json.loads((run.run_dir / "summary.json").read_bytes())
     return Ended(ended.outcome, ended.reason, summary)
+
+
+def candidate(
+    run: LocalRun, devices: tuple[DeviceId, ...], store: Store, name: str, listener: Listener
+) -> Driver:
+    """A candidate for the lead of `run`, which writes the run's files while it leads."""
+
+    def make_controller(recorded: Recorded, now: float) -> Controller:
+        return Controller(run.shape, devices, _limits(run.health), now, recorded)
+
+    def open_recorder(controller: Controller) -> Recorder:
+        recorder = Recorder(
+            run.run_dir, run.job, controller.plans, listener, tuple(f.id for f in run.faults)
+        )
+        if recorder.is_new:
+            recorder.note(time.time(), "start", {"job": run.job, "workers": len(devices)})
+        return recorder
+
+    lease_seconds = run.health.leader_lease_seconds
+    return Driver(store, run.job, name, lease_seconds, make_controller, open_recorder)
 
 
 async def _drive(driver: Driver, agents: list[Agent]) -> Finish:
@@ -134,8 +145,10 @@ async def _drive(driver: Driver, agents: list[Agent]) -> Finish:
     try:
         await asyncio.wait([driving, *serving], return_when=asyncio.FIRST_COMPLETED)
         for task in serving:
-            if task.done() and not driving.done():
-                task.result()
+            error = task.exception() if task.done() else None
+            if error is not None:
+                traceback.print_exception(error)
+                driver.stop(f"{type(error).__name__}: {error}", outcome="failed")
         return await driving
     finally:
         # Agents end by themselves on the controller's stop; cancelling covers every other way.
@@ -153,6 +166,7 @@ def _limits(health: HealthConfig) -> Limits:
         quiesce_timeout_seconds=health.quiesce_timeout_seconds,
         pause_timeout_seconds=health.collective_timeout_seconds + health.quiesce_timeout_seconds,
         corroboration_seconds=health.corroboration_seconds,
+        agent_timeout_seconds=health.agent_timeout_seconds,
         max_recoveries=health.max_recoveries,
         max_fruitless_recoveries=health.max_fruitless_recoveries,
     )

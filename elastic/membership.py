@@ -19,20 +19,35 @@ class Membership:
         self._places = dict(places)
         self._ready: dict[DeviceId, Member] = {}
         self._gone: set[Member] = set()
-        self._rendezvous: dict[int, str] = {}
+        self._agents: dict[int, AgentRecord] = {}
 
-    def record(self, record: AgentRecord) -> None:
-        """Take what an agent says of its node."""
-        self._rendezvous[record.node] = record.rendezvous
+    def record(self, record: AgentRecord) -> set[Member]:
+        """Take what an agent says of its node; returns the workers of an earlier life of it."""
+        known = self._agents.get(record.node)
+        ended: set[Member] = set()
+        if known is not None and record.life < known.life:
+            return ended
+        if known is not None and record.life > known.life:
+            ended = self.remove_node(record.node)
+        self._agents[record.node] = record
         for member in record.ready:
             if member not in self._gone and member.device in self._places:
                 self._ready[member.device] = member
+        return ended
 
     def remove(self, member: Member) -> None:
         """The member failed and is fenced."""
         self._gone.add(member)
         if self._ready.get(member.device) == member:
             del self._ready[member.device]
+
+    def remove_node(self, node: int) -> set[Member]:
+        """The node's agent is gone, and its workers with it; returns those that were ready."""
+        self._agents.pop(node, None)
+        lost = {member for device, member in self._ready.items() if device.node == node}
+        for member in lost:
+            self.remove(member)
+        return lost
 
     def workers(self) -> dict[Coordinate, Member]:
         """Ready workers by place, in order of place."""
@@ -50,5 +65,5 @@ class Membership:
     @property
     def rendezvous(self) -> str:
         """host:port of the rendezvous store to use: that of the first node with a ready worker."""
-        nodes = sorted({device.node for device in self._ready} & set(self._rendezvous))
-        return self._rendezvous[nodes[0]] if nodes else ""
+        nodes = sorted({device.node for device in self._ready} & set(self._agents))
+        return self._agents[nodes[0]].rendezvous if nodes else ""

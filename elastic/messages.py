@@ -32,12 +32,14 @@ class Quiesce(msgspec.Struct, frozen=True, tag=True):
 
     `urgent`: somebody is lost, abort the step in flight; otherwise finish it first. `lost` are the
     members that are gone, so that a survivor knows which of its groups cannot complete.
+    `ask_agents`: each agent is to answer at once with NodeAlive.
     """
 
     generation: int
     urgent: bool
     lost: tuple[Member, ...]
     reason: str
+    ask_agents: bool = False
 
 
 class Adopt(msgspec.Struct, frozen=True, tag=True):
@@ -55,9 +57,10 @@ class Fence(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Controller: the job is over. Key ``commands/stop``."""
+    """Controller: the job is over. Key ``commands/stop``. `outcome` as in summary.json."""
 
     reason: str
+    outcome: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -127,12 +130,18 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class AgentRecord(msgspec.Struct, frozen=True, tag=True):
-    """Agent: it is alive, and these workers are ready. Key ``agents/<node>``, under its lease."""
+    """Agent: it is alive, and these workers are ready. Key ``agents/<node>``, under its lease.
+
+    `life` counts the agents that the node has had: who returns after its record was gone begins a
+    new one, with new workers. `draining`: the node is to be empty soon; place nothing on it.
+    """
 
     node: int
+    life: int
     devices: tuple[DeviceId, ...]
     ready: tuple[Member, ...]
     rendezvous: str
+    draining: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -148,6 +157,13 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     fault_step: int | None = None
 
 
+class NodeAlive(msgspec.Struct, frozen=True, tag=True):
+    """Agent: it heard the announcement of `generation`. Key ``alive/<generation>/<node>``."""
+
+    generation: int
+    node: int
+
+
 class NodeReport(msgspec.Struct, frozen=True, tag=True):
     """Agent: its workers' answers to a quiesce. Key ``reports/<generation>/<node>``."""
 
@@ -156,13 +172,33 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
     workers: tuple[Quiesced, ...]
 
 
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """How far a worker came in the generation it adopts or runs.
+
+    `phases` are the parts of the recovery into `generation` that it finished, `broken` whether it
+    lost a connection since; `committed` is the last step that it reported (-1: none).
+    """
+
+    member: Member
+    generation: int
+    phases: tuple[RecoveryPhase, ...]
+    broken: bool
+    committed: int
+
+
 class NodeProgress(msgspec.Struct, frozen=True, tag=True):
-    """Agent: what its workers said since its last one. Key ``progress/<node>``."""
+    """Agent: what its workers said since its last one. Key ``progress/<node>``.
+
+    `statuses` sum up what was said before, for a controller that did not hear it.
+    """
 
     node: int
     notes: tuple[PhaseDone | ConnectionLost | StepDone | FaultFired, ...]
+    statuses: tuple[WorkerStatus, ...] = ()
 
 
 WorkerMessage = Ready | Quiesced | PhaseDone | ConnectionLost | FaultFired | StepDone
 AgentMessage = Quiesce | Adopt | Stop
-StoreMessage = Quiesce | Adopt | Fence | Stop | AgentRecord | Failed | NodeReport | NodeProgress
+StoreMessage = (
+    Quiesce | Adopt | Fence | Stop | AgentRecord | Failed | NodeAlive | NodeReport | NodeProgress
+)

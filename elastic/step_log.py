@@ -46,16 +46,20 @@ class StepLine:
 
 
 class StepLog:
-    """Collects reports; `take` and `flush` return the lines that became due, in order of step."""
+    """Collects reports; `take` and `flush` return the lines that became due, in order of step.
 
-    def __init__(self, plans: Mapping[int, Plan]) -> None:
+    Reports of steps up to `after`, whose lines were written before, are dropped.
+    """
+
+    def __init__(self, plans: Mapping[int, Plan], after: int = -1) -> None:
         self._plans = plans
+        self._after = after
         self._reports: dict[int, dict[str, StepDone]] = {}
         self._previous_at: float | None = None
 
     def take(self, report: StepDone) -> list[StepLine]:
         """Add one report."""
-        if report.generation in self._plans:
+        if report.generation in self._plans and report.step > self._after:
             self._reports.setdefault(report.step, {})[str(report.member)] = report
         complete = [step for step in self._reports if self._is_complete(step)]
         return self._lines(max(complete)) if complete else []

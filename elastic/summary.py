@@ -24,7 +24,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of summary.json; `outcome` is completed, halted, interrupted or failed."""
     plans = [entry for entry in journal if entry["event"] == "plan"]
-    equal = [entry["replicas_equal"] for entry in steps if entry["replicas_equal"] is not None]
+    resumed = [entry for entry in journal if entry["event"] == "resumed"]
+    differ = any(entry["event"] == "replicas_differ" for entry in journal)
     digests = [entry["weights_digest"] for entry in steps if entry["weights_digest"] is not None]
     return {
         "job": job,
@@ -33,22 +34,22 @@ def summarize(
         "redone_steps": sum(bool(plan["redone"]) for plan in plans),
         "generations": len(plans),
         "failures": [
-            _failure(entry, plans, steps) for entry in journal if entry["event"] == "failure"
+            _failure(entry, plans, resumed) for entry in journal if entry["event"] == "failure"
         ],
         "final_loss": steps[-1]["loss"] if steps else None,
         "final_weights_digest": digests[-1] if digests else None,
-        "replicas_bitwise_equal": all(equal) if equal else None,
+        "replicas_bitwise_equal": not differ if digests else None,
         "goodput": _goodput(steps),
         "outcome": outcome,
     }
 
 
-def _failure(failure: Entry, plans: Sequence[Entry], steps: Sequence[Entry]) -> dict[str, Any]:
+def _failure(failure: Entry, plans: Sequence[Entry], resumed: Sequence[Entry]) -> dict[str, Any]:
     answer = next((p for p in plans if p["generation"] > failure["generation"]), None)
     began = failure["fault_at"] or failure["detected_at"]
-    resumed = None
+    first = None
     if answer is not None and failure["placed"]:
-        resumed = next((s for s in steps if s["generation"] >= answer["generation"]), None)
+        first = next((e for e in resumed if e["generation"] >= answer["generation"]), None)
     detected = failure["detected_at"] - failure["fault_at"] if failure["fault_at"] else None
     return {
         "id": failure["id"],
@@ -58,7 +59,7 @@ def _failure(failure: Entry, plans: Sequence[Entry], steps: Sequence[Entry]) -> 
         "phase": failure["fault_phase"] or failure["phase"],
         "action": answer["action"] if answer is not None else None,
         "detect_seconds": _rounded(detected),
-        "recover_seconds": _rounded(resumed["at"] - began if resumed is not None else None),
+        "recover_seconds": _rounded(first["at"] - began if first is not None else None),
         "reason": answer["reason"] if answer is not None else failure["evidence"],
     }
 

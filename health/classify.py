@@ -35,7 +35,16 @@ class StoppedAnswering:
     waited_seconds: float
 
 
-Signal = ProcessExited | StoppedAnswering
+@dataclass(frozen=True, slots=True)
+class NodeGone:
+    """The agent of the worker's node is gone, and the worker with it."""
+
+    device: DeviceId
+    incarnation: int
+    evidence: str
+
+
+Signal = ProcessExited | StoppedAnswering | NodeGone
 
 
 def classify(signal: Signal, *, device_healthy: bool, now: float) -> FailureEvent:
@@ -52,6 +61,8 @@ def classify(signal: Signal, *, device_healthy: bool, now: float) -> FailureEven
         case StoppedAnswering(device, incarnation, asked_to, waited):
             kind = FaultKind.HANG
             evidence = f"did not {asked_to} within {waited:g} s and was killed"
+        case NodeGone(device, incarnation, evidence):
+            kind = FaultKind.NODE_LOST
     severity = Severity.TRANSIENT if device_healthy else Severity.FATAL
     return FailureEvent(
         id=f"{device}#{incarnation}",

@@ -8,8 +8,9 @@ all-reduce, and no step waits, as waiting only orders streams.
 Over gloo it is made of messages. Each rank owns a share of the tensor: it receives the other ranks'
 parts of that share, adds them to its own in order of rank, and answers with the sum. Small tensors
 are one share, owned by the first rank of the group, as in
-`ntp.process_groups.StableGroup.allreduce`, which is the same star but blocks. Measured for the all-reduce of 1.6 MB a slot, 3 replicas x TP4 on 2
-cores: processor time of all ranks in a step that takes 155 ms of it otherwise.
+`ntp.process_groups.StableGroup.allreduce`, which is the same star but blocks. Measured for the
+all-reduce of 1.6 MB a slot, 3 replicas x TP4 on 2 cores: processor time of all ranks in a step that
+takes 155 ms of it otherwise.
 
     buckets a step               1      2      4
     gloo's asynchronous ring   +23    +38    +57  ms

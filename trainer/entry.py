@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from multiprocessing.connection import Connection
 
-from elastic.agent import WorkerSpec
 from elastic.config import Settings
+from elastic.node_workers import WorkerSpec
 from trainer.config import RunConfig
 
 

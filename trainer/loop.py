@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elastic.agent import WorkerSpec
 from elastic.agent_link import AgentLink
 from elastic.config import ClusterConfig
 from elastic.fault_hook import FaultHook
 from elastic.faults import FaultPhase
+from elastic.node_workers import WorkerSpec
 from elastic.topology import DeviceId
 from elastic.worker import StepAborted, Worker
 from ntp.process_groups import Link, ProcessGroups, is_connection_error

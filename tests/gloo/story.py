@@ -17,8 +17,8 @@ from harness import LINK, Rank
 from planted import plant
 from torch import Tensor
 
-from elastic.agent import WorkerSpec
 from elastic.messages import Quiesce, Quiesced, StepDone
+from elastic.node_workers import WorkerSpec
 from elastic.plan import Plan
 from elastic.planner import Situation, plan_generation
 from elastic.session import Standing

@@ -29,6 +29,7 @@ from elastic.messages import (
     AgentRecord,
     Failed,
     Fence,
+    NodeAlive,
     NodeProgress,
     NodeReport,
     Quiesce,
@@ -53,6 +54,7 @@ LIMITS = Limits(
     quiesce_timeout_seconds=6.0,
     pause_timeout_seconds=9.0,
     corroboration_seconds=1.0,
+    agent_timeout_seconds=1.0,
     max_recoveries=200,
     max_fruitless_recoveries=50,
 )
@@ -274,6 +276,8 @@ class World:
     def _from_store(self, agent: _Agent, message: Quiesce | Adopt | Fence) -> None:
         match message:
             case Quiesce():
+                if message.ask_agents:
+                    self._put(agent, NodeAlive(message.generation, agent.node))
                 ready = {w.member for w in agent.processes.values()} & agent.ready
                 agent.answering, agent.awaited, agent.given = message.generation, ready, []
                 self._answer_if_complete(agent)
@@ -333,7 +337,7 @@ class World:
 
     def _put_record(self, agent: _Agent) -> None:
         ready = tuple(w.member for w in agent.processes.values() if w.member in agent.ready)
-        record = AgentRecord(agent.node, agent.devices, ready, f"node{agent.node}:1")
+        record = AgentRecord(agent.node, 1, agent.devices, ready, f"node{agent.node}:1")
         self._put(agent, record)
 
     def _put(self, agent: _Agent, event: Event) -> None:

@@ -6,13 +6,27 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from elastic.controller import Controller
-from elastic.effects import Effect, Event, Finish, Limits, Note, Send, StopRequested, Tick
+from elastic.effects import (
+    Effect,
+    Event,
+    Finish,
+    ForgetNode,
+    Limits,
+    NodeLost,
+    Note,
+    Phase,
+    Send,
+    StopRequested,
+    Tick,
+)
+from elastic.keys import agent_key, key_of
 from elastic.messages import (
     Adopt,
     AgentRecord,
     ConnectionLost,
     Failed,
     Fence,
+    NodeAlive,
     NodeProgress,
     NodeReport,
     PhaseDone,
@@ -21,11 +35,15 @@ from elastic.messages import (
     RecoveryPhase,
     StepDone,
     Stop,
+    StoreMessage,
+    WorkerStatus,
 )
 from elastic.plan import Plan
 from elastic.planner import JobShape
+from elastic.recorded import read_messages
 from elastic.session import Session, Standing, standing
 from elastic.topology import DeviceId, Member
+from elastic.worker_status import fresh_status, summed_up
 from health.classify import ProcessExited, StoppedAnswering, classify
 from health.events import FailureEvent
 from ntp.atoms import AtomCounts, AtomSizes
@@ -36,6 +54,7 @@ LIMITS = Limits(
     quiesce_timeout_seconds=10.0,
     pause_timeout_seconds=10.0,
     corroboration_seconds=1.0,
+    agent_timeout_seconds=0.5,
     max_recoveries=5,
     max_fruitless_recoveries=4,
 )
@@ -87,16 +106,27 @@ def failure_of(member: Member, *, at: float, hang: bool = False) -> FailureEvent
 
 
 class Stage:
-    """Drives one controller. `lines` is the transcript."""
+    """Drives one controller. `lines` is the transcript, `stored` what the store would hold.
+
+    With `successors`, each event but the passing of time, which deadlines count from their start,
+    is taken by a new controller, built on what is stored.
+    """
+
+    successors = False
 
     def __init__(self, shape: JobShape, limits: Limits = LIMITS) -> None:
         self.shape = shape
         self.devices = node_devices(shape)
         self.controller = Controller(shape, self.devices, limits, 0.0)
+        self.limits = limits
+        self.stored: dict[str, StoreMessage] = {}
+        self.journaled: set[str] = set()
+        self._statuses: dict[Member, WorkerStatus] = {}
         self.lines: list[str] = []
         self.effects: list[Effect] = []
         self.now = 0.0
         self._ready = {device: Member(device, 1) for device in self.devices}
+        self._lives = dict.fromkeys((device.node for device in self.devices), 1)
 
     def member(self, node: int, index: int, incarnation: int = 1) -> Member:
         return Member(DeviceId(node, index), incarnation)
@@ -115,11 +145,49 @@ class Stage:
         """One event; writes it and what came of it."""
         self.lines.append(f"{self.now:g} {text}")
         before = self.controller.phase
+        over = before in (Phase.COMPLETED, Phase.HALTED)
+        if self.successors and self.stored and not over and not isinstance(event, Tick):
+            self.succeed()
         self.effects = self.controller.handle(event, self.now)
+        self._store(event)
         self.lines += [f"    {effect_text(effect)}" for effect in self.effects]
         if self.controller.phase is not before:
             self.lines.append(f"    -> {self.controller.phase}")
         return self.effects
+
+    def succeed(self) -> list[Effect]:
+        """Another controller takes over, from the store alone."""
+        recorded = read_messages(self.stored.values())
+        self.controller = Controller(self.shape, self.devices, self.limits, self.now, recorded)
+        effects = self.controller.begin(self.journaled, self.now)
+        self._keep(effects)
+        return effects
+
+    def _store(self, event: Event) -> None:
+        match event:
+            case Failed():
+                self.journaled.add(event.failure.id)
+                self.stored[key_of("job", event)] = event
+            case NodeProgress(node, notes):
+                for note in notes:
+                    known = self._statuses.get(note.member, fresh_status(note.member))
+                    self._statuses[note.member] = summed_up(known, note)
+                summed = NodeProgress(node, notes, tuple(self._statuses.values()))
+                self.stored[key_of("job", summed)] = summed
+            case AgentRecord() | NodeReport() | NodeAlive():
+                self.stored[key_of("job", event)] = event
+            case NodeLost(node):
+                self.stored.pop(agent_key("job", node), None)
+            case _:
+                pass
+        self._keep(self.effects)
+
+    def _keep(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self.stored[key_of("job", effect.message)] = effect.message
+            elif isinstance(effect, ForgetNode):
+                self.stored.pop(agent_key("job", effect.node), None)
 
     def wait(self, seconds: float) -> list[Effect]:
         self.now += seconds
@@ -130,7 +198,7 @@ class Stage:
         devices = tuple(device for device in self.devices if device.node == node)
         return self.handle(
             f"node{node} has ready: {listed(members)}",
-            AgentRecord(node, devices, members, f"node{node}:7"),
+            AgentRecord(node, self._lives[node], devices, members, f"node{node}:7"),
         )
 
     def returns(self, node: int, index: int, incarnation: int) -> list[Effect]:
@@ -194,6 +262,22 @@ class Stage:
         note = ConnectionLost(generation, member, "closed by peer")
         return self.handle(f"{member} lost a connection in {generation}", NodeProgress(0, (note,)))
 
+    def node_lost(self, node: int) -> list[Effect]:
+        self._ready = {d: m for d, m in self._ready.items() if d.node != node}
+        return self.handle(f"node{node} is gone", NodeLost(node, "its agent's lease ended"))
+
+    def node_alive(self, node: int) -> list[Effect]:
+        return self.handle(
+            f"the agent of node{node} answers", NodeAlive(self.controller.generation, node)
+        )
+
+    def node_returns(self, node: int, incarnation: int) -> list[Effect]:
+        self._lives[node] += 1
+        for device in self.devices:
+            if device.node == node:
+                self._ready[device] = Member(device, incarnation)
+        return self.ready(node)
+
     def stop(self, reason: str) -> list[Effect]:
         return self.handle(f"stop requested: {reason}", StopRequested(reason))
 
@@ -230,14 +314,18 @@ def listed(members: Iterable[Member]) -> str:
 
 def effect_text(effect: Effect) -> str:
     match effect:
-        case Send(Quiesce(generation, urgent, lost, _)):
-            return f"send quiesce {generation} {'now' if urgent else 'gently'}, lost {listed(lost)}"
+        case Send(Quiesce(generation, urgent, lost, _, ask_agents)):
+            asked = ", agents are to answer" if ask_agents else ""
+            how = "now" if urgent else "gently"
+            return f"send quiesce {generation} {how}, lost {listed(lost)}{asked}"
         case Send(Adopt(plan)):
             return f"send plan {plan.generation} to {listed(a.member for a in plan.placement)}"
         case Send(Fence(member, asked_to, waited)):
             return f"send fence {member}: did not {asked_to} in {waited:g} s"
-        case Send(Stop(reason)):
-            return f"send stop: {reason}"
+        case Send(Stop(reason, outcome)):
+            return f"send stop, {outcome}: {reason}"
+        case ForgetNode(node):
+            return f"forget node{node}"
         case Finish(outcome, reason):
             return f"finish {outcome}: {reason}"
         case Note(event, fields):

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from elastic.agent import Agent, NodeSpec, WorkerSpec
+from elastic.agent import Agent
 from elastic.config import HealthConfig
 from elastic.keys import decode, encode, job_prefix, key_of
 from elastic.memory_store import MemoryStore
@@ -28,6 +28,7 @@ from elastic.messages import (
     StoreMessage,
     WorkerMessage,
 )
+from elastic.node_workers import NodeSpec, WorkerSpec
 from elastic.store import Change
 from elastic.topology import DeviceId, Member
 from health.events import FaultKind
@@ -104,7 +105,9 @@ class Node:
 
         async def found() -> Any:
             async for change in self._written:
-                if change.value is not None and wanted(message := decode(change.value)):
+                if change.value is not None and wanted(
+                    message := decode("job", change.key, change.value)
+                ):
                     return message
 
         return await asyncio.wait_for(found(), PATIENCE_SECONDS)
@@ -127,7 +130,7 @@ def with_node(tmp_path: Path, story: Callable[[Node], Awaitable[None]]) -> None:
             await node.written(lambda m: isinstance(m, AgentRecord) and len(m.ready) == 2)
             await story(node)
         finally:
-            await node.command(Stop("over"))
+            await node.command(Stop("over", "completed"))
             await serving
 
     asyncio.run(main())

@@ -14,12 +14,24 @@ import pytest
 from scenes import LIMITS, Stage, committed, failure_of, job_shape, prepared
 
 from elastic.controller import _TABLE, ProtocolError
-from elastic.effects import Event, Finish, Note, Phase, Send, StopRequested, Tick
+from elastic.effects import (
+    Event,
+    Finish,
+    ForgetNode,
+    NodeLost,
+    Note,
+    Outage,
+    Phase,
+    Send,
+    StopRequested,
+    Tick,
+)
 from elastic.messages import (
     AgentRecord,
     ConnectionLost,
     Failed,
     Fence,
+    NodeAlive,
     NodeProgress,
     NodeReport,
     Quiesce,
@@ -27,13 +39,18 @@ from elastic.messages import (
     Stop,
 )
 from elastic.plan import Action, StateSource
+from elastic.session import Session
+from elastic.topology import Member
 
 TRANSCRIPTS = Path(__file__).parent / "transcripts"
 REWRITE = os.environ.get("EVERSTEP_REWRITE") == "1"
 
 EVENTS: dict[type[Event], Callable[[Stage], Event]] = {
-    AgentRecord: lambda stage: AgentRecord(0, (), (), "node0:7"),
+    AgentRecord: lambda stage: AgentRecord(0, 1, (), (), "node0:7"),
     Failed: lambda stage: Failed(failure_of(stage.member(7, 7), at=stage.now), None, None, None),
+    NodeAlive: lambda stage: NodeAlive(stage.controller.generation, 0),
+    NodeLost: lambda stage: NodeLost(7, "its agent's lease ended"),
+    Outage: lambda stage: Outage(3.0),
     NodeReport: lambda stage: NodeReport(stage.controller.generation, 0, ()),
     NodeProgress: lambda stage: NodeProgress(0, ()),
     Tick: lambda stage: Tick(),
@@ -82,7 +99,7 @@ def test_every_event_is_taken_in_every_phase(phase: Phase, event: type[Event]) -
     if phase in (Phase.COMPLETED, Phase.HALTED):
         assert effects == [] and stage.controller.phase is phase
     elif event is StopRequested:
-        assert effects == [Send(Stop("enough")), Finish("interrupted", "enough")]
+        assert effects == [Send(Stop("enough", "interrupted")), Finish("interrupted", "enough")]
         assert stage.controller.phase is Phase.HALTED
 
 
@@ -271,6 +288,55 @@ def too_many_recoveries() -> Stage:
     return stage
 
 
+def node_lost_and_back() -> Stage:
+    stage = running()
+    stage.node_lost(1)
+    stage.answers({m: prepared(0) for m in stage.placed if m.device.node == 0})
+    assert stage.plan.action is Action.DROP_REPLICA
+    stage.phases()
+    stage.node_returns(1, 11)
+    newcomers: dict[Member, Session | None] = {stage.member(1, index, 11): None for index in (0, 1)}
+    stage.answers({m: committed(0) for m in stage.placed} | newcomers)
+    assert stage.plan.degrees() == ((2,), (2,))
+    return stage
+
+
+def agent_that_began_anew_unseen() -> Stage:
+    stage = running()
+    stage.node_returns(1, 11)
+    stage.answers({m: prepared(0) for m in stage.placed if m.device.node == 0})
+    assert stage.plan.action is Action.CONTINUE
+    assert stage.member(1, 0, 11) in stage.placed
+    return stage
+
+
+def silent_agent() -> Stage:
+    stage = running()
+    stage.connection_lost(stage.member(0, 0))
+    stage.wait(1.0)
+    stage.node_alive(0)
+    stage.wait(0.4)
+    assert stage.effects == []
+    stage.wait(0.1)
+    assert ForgetNode(1) in stage.effects
+    stage.answers({m: prepared(0) for m in stage.placed if m.device.node == 0})
+    assert stage.plan.action is Action.DROP_REPLICA and stage.plan.generation == 3
+    return stage
+
+
+def store_outage_while_quiescing() -> Stage:
+    stage = running()
+    lost = stage.member(0, 0)
+    stage.failed(lost)
+    stage.now += 30.0
+    stage.handle("the store was out for 30 s", Outage(30.0))
+    stage.wait(9.0)
+    assert stage.effects == []
+    stage.answers({m: prepared(0) for m in stage.placed if m != lost})
+    assert stage.plan.generation == 2
+    return stage
+
+
 SCENARIOS = (
     start,
     kill_and_return,
@@ -286,6 +352,10 @@ SCENARIOS = (
     completion,
     interrupted,
     too_many_recoveries,
+    node_lost_and_back,
+    agent_that_began_anew_unseen,
+    silent_agent,
+    store_outage_while_quiescing,
 )
 
 
@@ -297,6 +367,25 @@ def test_a_scenario_goes_as_its_transcript_says(scenario: Callable[[], Stage]) -
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert text == path.read_text()
+
+
+def known_steps(stage: Stage) -> dict[Member, int]:
+    """What the controller knows to be committed."""
+    return {member: step for member, step in stage.controller.committed.items() if step >= 0}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_a_scenario_ends_alike_if_every_event_meets_another_controller(
+    scenario: Callable[[], Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = scenario()
+    monkeypatch.setattr(Stage, "successors", True)
+    again = scenario()
+    assert again.controller.phase is told.controller.phase
+    assert again.controller.generation == told.controller.generation
+    assert again.controller.plans == told.controller.plans
+    if told.controller.phase is not Phase.HALTED:
+        assert known_steps(again) == known_steps(told)
 
 
 def test_no_transcript_is_left_over() -> None:

@@ -95,7 +95,7 @@ def test_a_line_of_steps_has_the_contract_s_fields_in_order(
     (line,) = lines(tmp_path / "steps.jsonl")
     assert list(line) == STEP_FIELDS
     assert line["degrees"] == [[2], [2]] and line["weights_digest"] == f"{4:016x}"
-    assert [event for event, _ in heard.events] == ["step"]
+    assert [event for event, _ in heard.events] == ["resumed", "step"]
 
 
 def test_the_journal_takes_notes_and_the_end_with_time_and_name(
@@ -114,10 +114,10 @@ def test_the_journal_takes_notes_and_the_end_with_time_and_name(
 def test_workers_are_noted_when_they_change_only(
     tmp_path: Path, recorder: Recorder, stage: Stage
 ) -> None:
-    record = AgentRecord(0, stage.devices[:2], tuple(stage.placed[:1]), "node0:7")
+    record = AgentRecord(0, 1, stage.devices[:2], tuple(stage.placed[:1]), "node0:7")
     recorder.observe(1.0, record)
     recorder.observe(2.0, record)
-    recorder.observe(3.0, AgentRecord(0, stage.devices[:2], (), "node0:7"))
+    recorder.observe(3.0, AgentRecord(0, 1, stage.devices[:2], (), "node0:7"))
     entries = lines(tmp_path / "journal.jsonl")
     assert [(e["at"], e["event"], e["ready"]) for e in entries] == [
         (1.0, "workers_ready", ["node0/0#1"]),
@@ -139,7 +139,7 @@ def test_replicas_that_differ_and_figures_that_are_no_numbers_are_noted(
             grad_norm=float("nan"),
         )
         recorder.observe(10.0, NodeProgress(0, (report,)))
-    differ, non_finite = lines(tmp_path / "journal.jsonl")
+    _, differ, non_finite = lines(tmp_path / "journal.jsonl")
     assert (differ["event"], differ["step"]) == ("replicas_differ", 0)
     assert differ["digests"] == {"0": f"{1:016x}", "1": f"{5:016x}"}
     assert (non_finite["event"], non_finite["step"]) == ("non_finite", 0)
@@ -163,11 +163,12 @@ def test_the_summary_has_the_contract_s_fields_and_follows_from_the_files(
         if isinstance(effect, Note):
             recorder.observe(3.0, effect)
     commit(recorder, stage, 0, generation=2)
-    summary = recorder.close("completed")
+    recorder.observe(20.0, Finish("completed", "done"))
+    recorder.close()
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert list(summary) == SUMMARY_FIELDS
     assert [list(entry) for entry in summary["failures"]] == [FAILURE_FIELDS]
     assert summary["failures"][0]["action"] == "REDUCE_TP"
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "journal.jsonl",
         "steps.jsonl",
@@ -181,7 +182,9 @@ def test_closing_writes_the_steps_that_were_still_awaited(
     report = step_done(1, stage.placed[0], 0, 10.0)
     recorder.observe(10.0, NodeProgress(0, (report,)))
     assert lines(tmp_path / "steps.jsonl") == []
-    assert recorder.close("interrupted")["committed_steps"] == 1
+    recorder.observe(11.0, Finish("interrupted", "enough"))
+    recorder.close()
+    assert json.loads((tmp_path / "summary.json").read_text())["committed_steps"] == 1
     assert [line["step"] for line in lines(tmp_path / "steps.jsonl")] == [0]
 
 

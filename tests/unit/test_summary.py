@@ -32,16 +32,18 @@ def failure(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def step(number: int, at: float, generation: int = 1, **changes: Any) -> dict[str, Any]:
+def step(number: int, generation: int = 1, **changes: Any) -> dict[str, Any]:
     return {
         "step": number,
         "generation": generation,
         "loss": 3.0 - number,
         "seconds": 1.0,
         "weights_digest": None,
-        "replicas_equal": None,
-        "at": at,
     } | changes
+
+
+def resumed(generation: int, at: float) -> dict[str, Any]:
+    return {"event": "resumed", "generation": generation, "step": 0, "at": at}
 
 
 def test_an_empty_run_has_a_summary_that_claims_nothing() -> None:
@@ -61,8 +63,14 @@ def test_an_empty_run_has_a_summary_that_claims_nothing() -> None:
 
 
 def test_a_failure_is_answered_by_the_next_plan_and_over_with_its_first_step() -> None:
-    journal = [plan(1), failure(), plan(2, action="REDUCE_TP", reason="slot 1", redone=True)]
-    steps = [step(0, 10.0), step(1, 11.0), step(2, 13.5, generation=2, seconds=2.5)]
+    journal = [
+        plan(1),
+        resumed(1, 10.0),
+        failure(),
+        plan(2, action="REDUCE_TP", reason="slot 1", redone=True),
+        resumed(2, 13.5),
+    ]
+    steps = [step(0), step(1), step(2, generation=2, seconds=2.5)]
     summary = summarize("job", journal, steps, "completed")
     assert summary["failures"] == [
         {
@@ -82,8 +90,8 @@ def test_a_failure_is_answered_by_the_next_plan_and_over_with_its_first_step() -
 
 
 def test_a_failure_without_an_injected_fault_is_timed_from_its_detection() -> None:
-    journal = [plan(1), failure(fault_at=None, fault_phase=None), plan(2)]
-    (entry,) = summarize("job", journal, [step(2, 14.25, 2)], "completed")["failures"]
+    journal = [plan(1), failure(fault_at=None, fault_phase=None), plan(2), resumed(2, 14.25)]
+    (entry,) = summarize("job", journal, [step(2, 2)], "completed")["failures"]
     assert (entry["phase"], entry["detect_seconds"], entry["recover_seconds"]) == (
         "running",
         None,
@@ -92,38 +100,40 @@ def test_a_failure_without_an_injected_fault_is_timed_from_its_detection() -> No
 
 
 @pytest.mark.parametrize(
-    ("journal", "steps", "reason"),
+    ("journal", "reason"),
     [
-        ([plan(1), failure()], [step(0, 10.0)], "killed"),
-        ([plan(1), failure(placed=False), plan(2)], [step(3, 15.0, 2)], "start"),
+        ([plan(1), resumed(1, 10.0), failure()], "killed"),
+        ([plan(1), failure(placed=False), plan(2), resumed(2, 15.0)], "start"),
     ],
 )
 def test_a_failure_that_nothing_answered_or_nobody_missed_has_no_recovery(
-    journal: list[dict[str, Any]], steps: list[dict[str, Any]], reason: str
+    journal: list[dict[str, Any]], reason: str
 ) -> None:
-    (entry,) = summarize("job", journal, steps, "halted")["failures"]
+    (entry,) = summarize("job", journal, [step(0)], "halted")["failures"]
     assert entry["recover_seconds"] is None and entry["reason"] == reason
 
 
 def test_an_overtaken_generation_does_not_end_the_recovery() -> None:
     journal = [plan(1), failure(), plan(2), failure(id="node0/2#1", generation=2), plan(3)]
-    summary = summarize("job", journal, [step(2, 15.0, 3)], "completed")
+    summary = summarize("job", [*journal, resumed(3, 15.0)], [step(2, 3)], "completed")
     assert [entry["recover_seconds"] for entry in summary["failures"]] == [3.0, 3.0]
 
 
 @pytest.mark.parametrize(
-    ("equal", "expected"),
-    [([None, None], None), ([True, None, True], True), ([True, False], False)],
+    ("digests", "differ", "expected"),
+    [([None, None], [], None), (["aa", None], [], True), (["aa", "bb"], [1], False)],
 )
 def test_replicas_are_equal_where_every_known_comparison_says_so(
-    equal: list[bool | None], expected: bool | None
+    digests: list[str | None], differ: list[int], expected: bool | None
 ) -> None:
-    steps = [step(i, 10.0 + i, replicas_equal=each) for i, each in enumerate(equal)]
-    assert summarize("job", [], steps, "completed")["replicas_bitwise_equal"] is expected
+    steps = [step(i, weights_digest=each) for i, each in enumerate(digests)]
+    journal = [{"event": "replicas_differ", "step": number} for number in differ]
+    summary = summarize("job", journal, steps, "completed")
+    assert summary["replicas_bitwise_equal"] is expected
 
 
 def test_the_last_digest_known_is_the_final_one() -> None:
-    steps = [step(0, 10.0, weights_digest="aa"), step(1, 11.0)]
+    steps = [step(0, weights_digest="aa"), step(1)]
     assert summarize("job", [], steps, "completed")["final_weights_digest"] == "aa"
 
 
@@ -133,5 +143,5 @@ def test_the_last_digest_known_is_the_final_one() -> None:
 def test_goodput_is_the_time_at_the_median_over_the_time_it_took(
     seconds: list[float], goodput: float | None
 ) -> None:
-    steps = [step(i, 10.0, seconds=each) for i, each in enumerate(seconds)]
+    steps = [step(i, seconds=each) for i, each in enumerate(seconds)]
     assert summarize("job", [], steps, "completed")["goodput"] == goodput

@@ -1,0 +1,265 @@
+"""The worker processes of a node: started, listened to, fenced and replaced.
+
+One event loop, no policy. Workers live in their own processes and process groups; whatever is left
+of a group is killed before its failure is reported, so a reported failure is a fenced one.
+
+A device gets its replacement process as soon as it is healthy, long before any plan wants it. A
+process that failed by itself leaves a healthy device. An injected fault says when the device heals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from elastic.config import HealthConfig
+from elastic.faults import Fault
+from elastic.messages import AgentMessage, Failed, FaultFired, Ready, WorkerMessage
+from elastic.spawn import Child, Spawner
+from elastic.topology import DeviceId, Member
+from health.classify import Signal, classify
+from health.probes.process import read_exit
+
+INCARNATIONS_PER_LIFE = 1_000_000
+"""Each life of an agent numbers its processes in a range of its own, so no number is used twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a worker process is told when it starts. `payload` is the trainer's own."""
+
+    member: Member
+    host: str
+    health: HealthConfig
+    faults: tuple[Fault, ...]
+    started_at: float
+    payload: str
+
+
+WorkerMain = Callable[[Connection, WorkerSpec], None]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """What an agent is told: its node, the devices that have places, and how to make workers.
+
+    `host` is the address under which other nodes reach this one.
+    """
+
+    job: str
+    node: int
+    host: str
+    devices: tuple[DeviceId, ...]
+    health: HealthConfig
+    faults: tuple[Fault, ...]
+    logs: Path
+    worker_main: WorkerMain
+    payload: str
+    started_at: float
+
+
+class Supervisor(Protocol):
+    """Who is told what the processes do; called from the event loop."""
+
+    def heard(self, member: Member, messages: list[WorkerMessage]) -> None:
+        """A worker said this."""
+
+    def failed(self, failed: Failed) -> None:
+        """A worker is gone, and fenced."""
+
+    def changed(self) -> None:
+        """Other workers are ready than before."""
+
+    def broke(self, error: Exception) -> None:
+        """The supervision itself failed: that is a bug."""
+
+
+@dataclass(slots=True)
+class _Process:
+    """A worker process and what is known of it."""
+
+    member: Member
+    child: Child
+    log: Path
+    ready: bool = False
+    fired: FaultFired | None = None
+    fenced: Signal | None = None
+
+
+@dataclass(slots=True)
+class _Device:
+    """A device's processes so far. `heals_at` is the step from which a lost one may be used."""
+
+    incarnations: int
+    failed_spawns: int = 0
+    process: _Process | None = None
+    heals_at: int | None = None
+
+
+class NodeWorkers:
+    """The processes of one life of a node's agent, which is number `life` (from 1)."""
+
+    def __init__(self, spec: NodeSpec, spawner: Spawner, life: int, supervisor: Supervisor) -> None:
+        self._spec = spec
+        self._spawner = spawner
+        self._supervisor = supervisor
+        first = (life - 1) * INCARNATIONS_PER_LIFE
+        self._devices = {device: _Device(first) for device in spec.devices}
+        self._faults = list(spec.faults)
+        self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
+
+    def start(self) -> None:
+        """Start a process on every device."""
+        for device in self._devices:
+            self._spawn(device)
+
+    @property
+    def ready(self) -> tuple[Member, ...]:
+        """The workers that wait for a plan or work."""
+        return tuple(process.member for process in self._running() if process.ready)
+
+    @property
+    def heals(self) -> bool:
+        """Whether a device is lost that is to return at some step."""
+        return any(device.heals_at is not None for device in self._devices.values())
+
+    def tell(self, message: AgentMessage) -> None:
+        """Send `message` to every ready worker."""
+        encoded = msgspec.msgpack.encode(message)
+        for process in self._running():
+            if process.ready:
+                # A process that died meanwhile is noticed by its sentinel.
+                with suppress(OSError):
+                    process.child.connection.send_bytes(encoded)
+
+    def fence(self, member: Member, signal: Signal) -> None:
+        """Kill a worker because of what `signal` says. Its failure is reported once it is gone."""
+        for process in self._running():
+            if process.member == member:
+                process.fenced = signal
+                process.child.kill()
+
+    def heal(self, committed: int) -> None:
+        """Step `committed` is: start processes on the devices that return now."""
+        for device, state in self._devices.items():
+            if state.heals_at is not None and committed >= state.heals_at:
+                state.heals_at = None
+                self._spawn(device)
+
+    def kill_all(self) -> None:
+        """End every process, without a word to the supervisor."""
+        children = [process.child for process in self._running()]
+        loop = asyncio.get_running_loop()
+        for child in children:
+            loop.remove_reader(child.connection.fileno())
+            loop.remove_reader(child.process.sentinel)
+        for child in children:
+            child.kill()
+            child.connection.close()
+        for child in children:
+            child.process.join()
+        for device in self._devices.values():
+            device.process = None
+
+    def _running(self) -> list[_Process]:
+        return [d.process for d in self._devices.values() if d.process is not None]
+
+    def _spawn(self, device: DeviceId) -> None:
+        state = self._devices[device]
+        state.incarnations += 1
+        member = Member(device, state.incarnations)
+        log = self._spec.logs / f"node{device.node}-{device.index}.{member.incarnation}.log"
+        spec = WorkerSpec(
+            member=member,
+            host=self._spec.host,
+            health=self._spec.health,
+            faults=tuple(self._faults),
+            started_at=self._spec.started_at,
+            payload=self._spec.payload,
+        )
+        child = self._spawner.start(self._spec.worker_main, log, spec)
+        process = _Process(member, child, log)
+        state.process = process
+        loop = asyncio.get_running_loop()
+        loop.add_reader(child.connection.fileno(), self._guarded, self._hear, process)
+        loop.add_reader(child.process.sentinel, self._guarded, self._ended, process)
+
+    def _guarded(self, callback: Callable[[_Process], None], process: _Process) -> None:
+        """Call back from the event loop, which would only log an error; ours ends the agent."""
+        try:
+            callback(process)
+        except Exception as error:
+            self._supervisor.broke(error)
+
+    def _hear(self, process: _Process) -> None:
+        """Take what the worker wrote; called when its line is readable."""
+        messages: list[WorkerMessage] = []
+        try:
+            while process.child.connection.poll():
+                message = self._decoder.decode(process.child.connection.recv_bytes())
+                self._take(process, message)
+                messages.append(message)
+        except (EOFError, OSError):
+            asyncio.get_running_loop().remove_reader(process.child.connection.fileno())
+        self._supervisor.heard(process.member, messages)
+
+    def _take(self, process: _Process, message: WorkerMessage) -> None:
+        if isinstance(message, Ready):
+            process.ready = True
+            self._devices[process.member.device].failed_spawns = 0
+            self._supervisor.changed()
+        elif isinstance(message, FaultFired):
+            process.fired = message
+            self._faults = [fault for fault in self._faults if fault.id != message.fault]
+
+    def _ended(self, process: _Process) -> None:
+        """The process is gone: fence what is left of it, report it, and replace it if possible."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(process.child.process.sentinel)
+        process.child.kill()
+        self._hear(process)
+        loop.remove_reader(process.child.connection.fileno())
+        process.child.process.join()
+        process.child.connection.close()
+        device = process.member.device
+        state = self._devices[device]
+        state.process = None
+        fault = self._fault(process.fired)
+        heal = fault.heal_at_step if fault is not None else 0
+        self._supervisor.failed(self._failure(process, device_healthy=heal == 0))
+        self._supervisor.changed()
+        if not process.ready:
+            state.failed_spawns += 1
+        if heal == 0 and state.failed_spawns < self._spec.health.spawn_attempts:
+            self._spawn(device)
+        elif heal is not None and heal > 0:
+            state.heals_at = heal
+
+    def _fault(self, fired: FaultFired | None) -> Fault | None:
+        if fired is None:
+            return None
+        return next(fault for fault in self._spec.faults if fault.id == fired.fault)
+
+    def _failure(self, process: _Process, *, device_healthy: bool) -> Failed:
+        status = process.child.process.exitcode
+        assert status is not None, "only an ended process is reported"
+        member = process.member
+        signal: Signal = process.fenced or read_exit(
+            member.device, member.incarnation, status, process.log
+        )
+        fired = process.fired
+        return Failed(
+            classify(signal, device_healthy=device_healthy, now=time.time()),
+            fired.fault if fired else None,
+            fired.at if fired else None,
+            fired.phase if fired else None,
+            fired.step if fired else None,
+        )

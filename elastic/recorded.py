@@ -1,0 +1,122 @@
+"""What the store says of a job, for a controller that begins in the middle of it.
+
+Pure. Whatever a controller decides is in the store before anybody acts on it, and agents keep there
+what a successor must know of them. So the job's keys, read at one revision, are all that a standby
+needs in order to go on where the leader stopped, in whatever phase that was. What they do not say
+is only bookkeeping: measured speeds, and how often recovery failed in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from elastic.messages import (
+    Adopt,
+    AgentRecord,
+    Failed,
+    NodeAlive,
+    NodeProgress,
+    NodeReport,
+    Quiesce,
+    Stop,
+    StoreMessage,
+    WorkerStatus,
+)
+from elastic.plan import Plan
+from elastic.topology import Member
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A job as its keys tell it.
+
+    `announced` is the newest announcement, if no plan answered it yet; `reports` the answers to it,
+    and `heard` the nodes whose agents said that they heard it.
+    `nodes` are the agents that live, `failures` all that were reported. `committed` is the last
+    step that each worker is known to have committed.
+    """
+
+    plans: Mapping[int, Plan]
+    announced: Quiesce | None
+    reports: tuple[NodeReport, ...]
+    heard: frozenset[int]
+    nodes: tuple[AgentRecord, ...]
+    statuses: Mapping[Member, WorkerStatus]
+    committed: Mapping[Member, int]
+    failures: tuple[Failed, ...]
+    stop: Stop | None
+
+    @property
+    def generation(self) -> int:
+        """The newest generation that was announced or planned; 0 if the job has not begun."""
+        planned = max(self.plans, default=0)
+        return self.announced.generation if self.announced is not None else planned
+
+
+NOTHING_RECORDED = Recorded({}, None, (), frozenset(), (), {}, {}, (), None)
+"""A job that has not begun."""
+
+
+def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
+    """The values of a job's keys, in any order, as one value."""
+    plans: dict[int, Plan] = {}
+    quiesces: list[Quiesce] = []
+    reports: list[NodeReport] = []
+    alive: list[NodeAlive] = []
+    nodes: list[AgentRecord] = []
+    statuses: dict[Member, WorkerStatus] = {}
+    failures: list[Failed] = []
+    stop: Stop | None = None
+    for message in messages:
+        match message:
+            case Adopt(plan):
+                plans[plan.generation] = plan
+            case Quiesce():
+                quiesces.append(message)
+            case NodeReport():
+                reports.append(message)
+            case NodeAlive():
+                alive.append(message)
+            case AgentRecord():
+                nodes.append(message)
+            case NodeProgress():
+                statuses |= {status.member: status for status in message.statuses}
+            case Failed():
+                failures.append(message)
+            case Stop():
+                stop = message
+            case _:
+                # Orders to agents: whoever they concern has seen them.
+                continue
+    newest = max(quiesces, key=lambda quiesce: quiesce.generation, default=None)
+    if newest is not None and newest.generation <= max(plans, default=0):
+        newest = None
+    awaited = newest.generation if newest is not None else -1
+    return Recorded(
+        plans=dict(sorted(plans.items())),
+        announced=newest,
+        reports=tuple(report for report in reports if report.generation == awaited),
+        heard=frozenset(each.node for each in alive if each.generation == awaited),
+        nodes=tuple(sorted(nodes, key=lambda record: record.node)),
+        statuses=statuses,
+        committed=_committed(statuses, reports),
+        failures=tuple(sorted(failures, key=lambda failed: failed.failure.at)),
+        stop=stop,
+    )
+
+
+def _committed(
+    statuses: Mapping[Member, WorkerStatus], reports: Iterable[NodeReport]
+) -> dict[Member, int]:
+    steps = [(member, status.committed) for member, status in statuses.items()]
+    steps += [
+        (answer.member, answer.standing.committed)
+        for report in reports
+        for answer in report.workers
+        if answer.standing is not None
+    ]
+    newest: dict[Member, int] = {}
+    for member, step in steps:
+        newest[member] = max(step, newest.get(member, -1))
+    return newest

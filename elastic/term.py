@@ -1,0 +1,166 @@
+"""One term of a leader: the loop around the controller. Store changes and time in, effects out.
+
+The term begins with the job's keys as they were at one revision, on which the controller is built,
+and goes on with every change after it. Effects are performed in the order in which the machine gave
+them, and what goes to the store is written before the next event is taken: whoever takes over finds
+all that was decided. Every write carries the guard of the lead, so a leader that was paused for too
+long, and believes that it still leads, changes nothing.
+
+Deadlines hold only while everybody can report. Before time is passed on, the store must answer; how
+long it kept silent is passed on first, so that nobody is called late for it.
+
+The run's files are the leader's. A successor replays the reports since the revision up to which its
+predecessor had written them, which that one notes in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections.abc import AsyncIterator
+from typing import Any
+
+from elastic.controller import Controller
+from elastic.effects import Effect, Event, Finish, ForgetNode, NodeLost, Note, Outage, Send, Tick
+from elastic.journal import Recorder
+from elastic.keys import (
+    agent_key,
+    decode,
+    encode,
+    job_prefix,
+    key_of,
+    leader_key,
+    node_of_agent,
+    position_key,
+)
+from elastic.leadership import Leadership
+from elastic.messages import Adopt, AgentRecord, Failed, NodeAlive, NodeProgress, NodeReport, Stop
+from elastic.store import Change, GuardFailed, LeaseLost, Store
+
+TICK_SECONDS = 0.1
+OUTAGE_SECONDS = 1.0
+"""A store that takes longer than this to answer was out; reports get as long again to arrive."""
+POSITION_SECONDS = 1.0
+"""How often the term notes up to where the run's files are written."""
+
+Reported = AgentRecord | Failed | NodeAlive | NodeReport | NodeProgress
+
+
+class Term:
+    """One term. `begins_at` is the revision of the keys that `controller` was built on."""
+
+    def __init__(
+        self,
+        store: Store,
+        job: str,
+        leadership: Leadership,
+        controller: Controller,
+        recorder: Recorder,
+        *,
+        begins_at: int,
+        written_to: int,
+    ) -> None:
+        self._store = store
+        self._job = job
+        self._leadership = leadership
+        self._controller = controller
+        self._recorder = recorder
+        self._begins_at = begins_at
+        self._seen = self._noted = written_to
+        # With the revision of the change that tells of it; 0 for what happens outside the store.
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        # From here on no change is missed, however long the first effects take.
+        self._changes = store.watch(job_prefix(job), after=written_to)
+
+    def take(self, event: Event) -> None:
+        """An event from outside the store; its turn comes after those that wait already."""
+        self._events.put_nowait((0, event))
+
+    async def run(self) -> Finish:
+        """Lead until the job is over. Raises GuardFailed or LeaseLost when the lead is lost."""
+        working = asyncio.create_task(self._work())
+        beside = [
+            asyncio.create_task(self._feed(self._changes)),
+            asyncio.create_task(self._tick()),
+            asyncio.create_task(self._until_lost()),
+        ]
+        try:
+            await asyncio.wait([working, *beside], return_when=asyncio.FIRST_COMPLETED)
+            for task in beside:
+                if task.done() and not working.done():
+                    task.result()
+            return await working
+        except (GuardFailed, LeaseLost):
+            raise
+        except Exception as error:
+            # The run's files must be finished, and say why, also when the controller is wrong.
+            traceback.print_exc()
+            finish = Finish("failed", f"{type(error).__name__}: {error}")
+            await self._perform([Send(Stop(finish.reason, finish.outcome)), finish])
+            return finish
+        finally:
+            everything: list[asyncio.Task[Any]] = [working, *beside]
+            for each in everything:
+                each.cancel()
+            await asyncio.gather(*everything, return_exceptions=True)
+
+    async def _work(self) -> Finish:
+        begun = self._controller.begin(self._recorder.failures, time.time())
+        finish = await self._perform(begun)
+        while finish is None:
+            revision, event = await self._events.get()
+            now = time.time()
+            if isinstance(event, Reported):
+                self._recorder.observe(now, event)
+            # What the controller was built on is replayed for the files only.
+            if not 0 < revision <= self._begins_at:
+                finish = await self._perform(self._controller.handle(event, now))
+            self._seen = max(self._seen, revision)
+        return finish
+
+    async def _perform(self, effects: list[Effect]) -> Finish | None:
+        guard = self._leadership.guard
+        for effect in effects:
+            match effect:
+                case Send(Adopt() as adopt):
+                    await self._store.create(key_of(self._job, adopt), encode(adopt), guard=guard)
+                case Send(message):
+                    await self._store.put(key_of(self._job, message), encode(message), guard=guard)
+                case ForgetNode(node):
+                    await self._store.delete(agent_key(self._job, node), guard=guard)
+                case Note():
+                    self._recorder.observe(time.time(), effect)
+                case Finish():
+                    self._recorder.observe(time.time(), effect)
+                    return effect
+        return None
+
+    async def _feed(self, changes: AsyncIterator[Change]) -> None:
+        async for change in changes:
+            event: object = None
+            if change.value is not None:
+                event = decode(self._job, change.key, change.value)
+            elif (node := node_of_agent(self._job, change.key)) is not None:
+                event = NodeLost(node, "its agent's lease ended")
+            if isinstance(event, Reported | NodeLost):
+                self._events.put_nowait((change.revision, event))
+
+    async def _tick(self) -> None:
+        noted_at = time.time()
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            asked_at = time.time()
+            await self._store.get(leader_key(self._job))
+            silent = time.time() - asked_at
+            if silent > OUTAGE_SECONDS:
+                self.take(Outage(silent + OUTAGE_SECONDS))
+            self.take(Tick())
+            if time.time() - noted_at > POSITION_SECONDS and self._seen > self._noted:
+                self._noted, noted_at = self._seen, time.time()
+                value = str(self._noted).encode()
+                await self._store.put(position_key(self._job), value, guard=self._leadership.guard)
+
+    async def _until_lost(self) -> None:
+        await self._leadership.lease.wait_lost()
+        raise LeaseLost("the lease of the lead ended")

@@ -1,0 +1,45 @@
+"""What an agent keeps of its workers' words, for a controller that did not hear them.
+
+Pure. Words of the past are gone once the next are written, so each worker's are summed up.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from elastic.messages import (
+    ConnectionLost,
+    FaultFired,
+    PhaseDone,
+    RecoveryPhase,
+    StepDone,
+    WorkerStatus,
+)
+from elastic.topology import Member
+
+Word = PhaseDone | ConnectionLost | StepDone | FaultFired
+"""What a worker says that the controller or the journal wants to know."""
+
+
+def fresh_status(member: Member) -> WorkerStatus:
+    """The status of a worker that has said nothing yet."""
+    return WorkerStatus(member, 0, (), False, -1)
+
+
+def summed_up(status: WorkerStatus, word: Word) -> WorkerStatus:
+    """The status after one more word of the worker."""
+    match word:
+        case PhaseDone():
+            phases = (*_phases(status, word.generation), word.phase)
+            return replace(status, generation=word.generation, phases=phases, broken=False)
+        case ConnectionLost():
+            phases = _phases(status, word.generation)
+            return replace(status, generation=word.generation, phases=phases, broken=True)
+        case StepDone():
+            return replace(status, committed=word.step)
+        case FaultFired():
+            return status
+
+
+def _phases(status: WorkerStatus, generation: int) -> tuple[RecoveryPhase, ...]:
+    return status.phases if status.generation == generation else ()
