@@ -163,6 +163,12 @@ class StoreConfig(Settings):
         description="Store adapter; memory: embedded in the launcher's process (one machine); "
         "etcd: for any number of machines.",
     )
+    controllers: int = Field(
+        default=2,
+        ge=1,
+        description="Controllers that everstep run starts with etcd: one leads, the others stand "
+        "by. In the memory store there is always one.",
+    )
     endpoints: tuple[str, ...] = Field(
         default=(),
         description="host:port of etcd's members: several addresses, or one name that resolves to "
@@ -221,7 +227,7 @@ class StoreConfig(Settings):
         given = [
             name for name in type(self).model_fields if getattr(self, name) not in (None, "", ())
         ]
-        given.remove("kind")
+        given = [name for name in given if name not in ("kind", "controllers")]
         if given and self.kind != "etcd":
             raise ValueError(f"store.{given[0]} means nothing to the memory store; set kind: etcd")
         if given and not self.endpoints:

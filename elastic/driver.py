@@ -88,6 +88,8 @@ class Driver:
             )
             if self._wish is not None:
                 self._term.take(self._wish)
+            elif recorded.wish is not None:
+                self._term.take(StopRequested(recorded.wish.reason, recorded.wish.outcome))
             try:
                 return await self._term.run()
             finally:

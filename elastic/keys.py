@@ -14,11 +14,14 @@ from elastic.messages import (
     NodeReport,
     Quiesce,
     Stop,
+    StopWish,
     StoreMessage,
 )
 
 AGENTS = "agents/"
-_MESSAGES = frozenset({"commands", "plan", "agents", "events", "alive", "reports", "progress"})
+_MESSAGES = frozenset(
+    {"commands", "plan", "agents", "events", "alive", "reports", "progress", "wishes"}
+)
 
 
 def key_of(job: str, message: StoreMessage) -> str:
@@ -39,6 +42,11 @@ def leader_key(job: str) -> str:
 def position_key(job: str) -> str:
     """Up to which revision the run's files are written."""
     return f"{job_prefix(job)}written"
+
+
+def settings_key(job: str) -> str:
+    """What all processes of the job must have been started with."""
+    return f"{job_prefix(job)}settings"
 
 
 def life_key(job: str, node: int) -> str:
@@ -83,6 +91,8 @@ def _path(message: StoreMessage) -> str:
             return f"commands/fence/{message.member}"
         case Stop():
             return "commands/stop"
+        case StopWish():
+            return "wishes/stop"
         case AgentRecord():
             return f"{AGENTS}{message.node}"
         case Failed():

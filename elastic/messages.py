@@ -63,6 +63,13 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     outcome: str
 
 
+class StopWish(msgspec.Struct, frozen=True, tag=True):
+    """Anybody: the controller is to end the job, as `outcome`. Key ``wishes/stop``."""
+
+    reason: str
+    outcome: str
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Worker: imports are done, a plan is awaited."""
 
@@ -200,5 +207,14 @@ class NodeProgress(msgspec.Struct, frozen=True, tag=True):
 WorkerMessage = Ready | Quiesced | PhaseDone | ConnectionLost | FaultFired | StepDone
 AgentMessage = Quiesce | Adopt | Stop
 StoreMessage = (
-    Quiesce | Adopt | Fence | Stop | AgentRecord | Failed | NodeAlive | NodeReport | NodeProgress
+    Quiesce
+    | Adopt
+    | Fence
+    | Stop
+    | StopWish
+    | AgentRecord
+    | Failed
+    | NodeAlive
+    | NodeReport
+    | NodeProgress
 )

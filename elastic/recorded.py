@@ -20,6 +20,7 @@ from elastic.messages import (
     NodeReport,
     Quiesce,
     Stop,
+    StopWish,
     StoreMessage,
     WorkerStatus,
 )
@@ -34,7 +35,7 @@ class Recorded:
     `announced` is the newest announcement, if no plan answered it yet; `reports` the answers to it,
     and `heard` the nodes whose agents said that they heard it.
     `nodes` are the agents that live, `failures` all that were reported. `committed` is the last
-    step that each worker is known to have committed.
+    step that each worker is known to have committed. `wish`: somebody wants the job to end.
     """
 
     plans: Mapping[int, Plan]
@@ -46,6 +47,7 @@ class Recorded:
     committed: Mapping[Member, int]
     failures: tuple[Failed, ...]
     stop: Stop | None
+    wish: StopWish | None
 
     @property
     def generation(self) -> int:
@@ -54,7 +56,7 @@ class Recorded:
         return self.announced.generation if self.announced is not None else planned
 
 
-NOTHING_RECORDED = Recorded({}, None, (), frozenset(), (), {}, {}, (), None)
+NOTHING_RECORDED = Recorded({}, None, (), frozenset(), (), {}, {}, (), None, None)
 """A job that has not begun."""
 
 
@@ -68,6 +70,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
     statuses: dict[Member, WorkerStatus] = {}
     failures: list[Failed] = []
     stop: Stop | None = None
+    wish: StopWish | None = None
     for message in messages:
         match message:
             case Adopt(plan):
@@ -86,6 +89,8 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
                 failures.append(message)
             case Stop():
                 stop = message
+            case StopWish():
+                wish = message
             case _:
                 # Orders to agents: whoever they concern has seen them.
                 continue
@@ -103,6 +108,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
         committed=_committed(statuses, reports),
         failures=tuple(sorted(failures, key=lambda failed: failed.failure.at)),
         stop=stop,
+        wish=wish,
     )
 
 

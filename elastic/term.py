@@ -22,7 +22,18 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from elastic.controller import Controller
-from elastic.effects import Effect, Event, Finish, ForgetNode, NodeLost, Note, Outage, Send, Tick
+from elastic.effects import (
+    Effect,
+    Event,
+    Finish,
+    ForgetNode,
+    NodeLost,
+    Note,
+    Outage,
+    Send,
+    StopRequested,
+    Tick,
+)
 from elastic.journal import Recorder
 from elastic.keys import (
     agent_key,
@@ -35,7 +46,16 @@ from elastic.keys import (
     position_key,
 )
 from elastic.leadership import Leadership
-from elastic.messages import Adopt, AgentRecord, Failed, NodeAlive, NodeProgress, NodeReport, Stop
+from elastic.messages import (
+    Adopt,
+    AgentRecord,
+    Failed,
+    NodeAlive,
+    NodeProgress,
+    NodeReport,
+    Stop,
+    StopWish,
+)
 from elastic.store import Change, GuardFailed, LeaseLost, Store
 
 TICK_SECONDS = 0.1
@@ -143,7 +163,9 @@ class Term:
                 event = decode(self._job, change.key, change.value)
             elif (node := node_of_agent(self._job, change.key)) is not None:
                 event = NodeLost(node, "its agent's lease ended")
-            if isinstance(event, Reported | NodeLost):
+            if isinstance(event, StopWish):
+                event = StopRequested(event.reason, event.outcome)
+            if isinstance(event, Reported | NodeLost | StopRequested):
                 self._events.put_nowait((change.revision, event))
 
     async def _tick(self) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``everstep run | compare | demo | plan``.
+"""The command line: ``everstep run | controller | agent | stop | compare | demo | plan``.
 
 Exit codes of ``run`` and ``demo``: 0 completed, 2 refused (configuration, faults file, run
 directory), 3 halted, 4 failed, 130 interrupted; ``demo`` exits with 1 if the failure changed the
@@ -57,10 +57,10 @@ def run(
 
     Exit codes: 0 completed, 2 refused, 3 halted, 4 failed, 130 interrupted.
     """
-    loaded, injected = _load(config, overrides or [], faults)
+    loaded, _ = _load(config, overrides or [], faults)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     target = run_dir or Path("runs") / f"{loaded.job}-{stamp}"
-    ended = _launch(loaded, injected, target, loaded.job, replace=False)
+    ended = _launch(loaded, faults, target, loaded.job, replace=False)
     typer.echo(f"{ended.outcome}: {ended.reason}; files are in {target}")
     raise typer.Exit(EXIT_CODES[ended.outcome])
 
@@ -106,9 +106,9 @@ def demo(
     from elastic.compare import compare_runs
     from elastic.report import recovery_table
 
-    loaded, injected = _load(config, overrides or [], faults)
+    loaded, _ = _load(config, overrides or [], faults)
     ended = {}
-    for name, given in (("demo", injected), ("demo-reference", ())):
+    for name, given in (("demo", faults), ("demo-reference", None)):
         ended[name] = _launch(loaded, given, runs / name, name, replace=True)
         if ended[name].outcome != "completed":
             typer.echo(f"{name} {ended[name].outcome}: {ended[name].reason}", err=True)
@@ -121,6 +121,91 @@ def demo(
     if not comparison.equal or summary["lost_steps"] or summary["replicas_bitwise_equal"] is False:
         typer.echo("the failure changed the job: that is a bug", err=True)
         raise typer.Exit(DIFFERENT)
+
+
+@app.command()
+def controller(
+    config: Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")],
+    run_dir: Annotated[
+        Path,
+        typer.Option(help="Where the run's files go; all controllers of a job share it."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as train.steps=100."),
+    ] = None,
+    faults: Annotated[
+        Path | None, typer.Option(help="YAML file with failures to inject, for trying things out.")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What tells this controller from others; default its host and process."),
+    ] = None,
+) -> None:
+    """Lead a job, or stand by until its leader is lost. Start any number, on any hosts.
+
+    Needs store.endpoints. SIGTERM and SIGINT give the lead up, and the job goes on. Exit codes:
+    those of run, once the job is over; 0 if it was asked to end before.
+    """
+    from trainer.hosted import run_controller
+
+    loaded, _ = _load(config, overrides or [], faults)
+    try:
+        outcome = run_controller(loaded, faults, run_dir, name)
+    except (ValueError, RuntimeError, OSError) as error:
+        _refuse(str(error))
+    raise typer.Exit(EXIT_CODES[outcome] if outcome is not None else 0)
+
+
+@app.command()
+def agent(
+    config: Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")],
+    node: Annotated[int, typer.Option(help="Number of this node, from 0 to cluster.nodes - 1.")],
+    run_dir: Annotated[Path, typer.Option(help="Where this node's logs go.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as train.steps=100."),
+    ] = None,
+    faults: Annotated[
+        Path | None, typer.Option(help="YAML file with failures to inject, for trying things out.")
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of this node for the others; default its own towards the store.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Run the workers of one node, until the job is over. Start one on every node.
+
+    Needs store.endpoints. Exit codes: 0, 2 refused.
+    """
+    from trainer.hosted import run_agent
+
+    loaded, _ = _load(config, overrides or [], faults)
+    try:
+        run_agent(loaded, faults, run_dir, node, host)
+    except (ValueError, RuntimeError, OSError) as error:
+        _refuse(str(error))
+
+
+@app.command()
+def stop(
+    config: Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as job=other."),
+    ] = None,
+) -> None:
+    """End a job that runs on etcd, as interrupted; returns once its leader was asked."""
+    from trainer.hosted import ask_to_stop
+
+    loaded, _ = _load(config, overrides or [], None)
+    try:
+        ask_to_stop(loaded)
+    except (ValueError, RuntimeError, OSError) as error:
+        _refuse(str(error))
 
 
 @app.command()
@@ -201,46 +286,35 @@ def _load(
 
 
 def _launch(
-    config: RunConfig, faults: tuple[Fault, ...], run_dir: Path, title: str, *, replace: bool
+    config: RunConfig, faults: Path | None, run_dir: Path, title: str, *, replace: bool
 ) -> Ended:
-    import yaml
     from rich.console import Console
 
     from elastic.live import view
-    from elastic.local import LocalRun, run_local
+    from elastic.local import run_local
     from elastic.run_dir import claim
-    from trainer.data import load_corpus
-    from trainer.entry import Payload, worker_main
-    from trainer.job import job_shape
+    from trainer.hosted import run_spec, save, start_parts
 
     try:
-        # Read here once, so that missing data is refused before any process starts.
-        corpus = load_corpus(
-            config.data.kind,
-            config.data.path,
-            seq_length=config.train.seq_length,
-            seed=config.train.seed,
-        )
+        # The data are read here once, so that missing ones are refused before any process starts.
+        run = run_spec(config, faults, run_dir)
         claim(run_dir, replace=replace)
     except (ValueError, OSError) as error:
         _refuse(str(error))
-    dumped = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (run_dir / "config.yaml").write_text(dumped)
-    job = LocalRun(
-        job=config.job,
-        shape=job_shape(config),
-        cluster=config.cluster,
-        health=config.health,
-        faults=faults,
-        run_dir=run_dir,
-        worker_main=worker_main,
-        preload=("trainer.preload", "trainer.main"),
-        payload=Payload(config=config, corpus=corpus.fingerprint).model_dump_json(),
-    )
+    save(config, run_dir)
     with view(Console(), title, config.parallel, config.train.steps) as listener:
-        return run_local(job, listener)
+        if config.store.kind == "memory":
+            return run_local(run, listener)
+        try:
+            return start_parts(run, config, faults, listener)
+        except (ValueError, RuntimeError) as error:
+            _refuse(str(error))
 
 
 def _refuse(problem: str) -> NoReturn:
     typer.echo(f"refused: {problem}", err=True)
     raise typer.Exit(REFUSED)
+
+
+if __name__ == "__main__":
+    main()
