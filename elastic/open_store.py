@@ -18,7 +18,7 @@ async def open_store(config: StoreConfig, log: Path) -> AsyncIterator[Store]:
 
     Raises:
         ValueError: a certificate or password is missing, or there is no etcd to start.
-        StoreUnavailable: etcd does not answer.
+        StoreUnavailable: etcd does not answer, or does not start.
         StoreRefused: etcd does not let this user in.
     """
     if config.kind == "memory":

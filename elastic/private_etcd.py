@@ -26,6 +26,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from elastic.store import StoreUnavailable
+
 SHARED_MEMORY = Path("/dev/shm")
 NAME = "everstep-etcd-"
 START_SECONDS = 20.0
@@ -47,7 +49,7 @@ class EtcdMissing(ValueError):
     """There is no etcd on this machine; the message says how to get one."""
 
 
-class EtcdFailed(RuntimeError):
+class EtcdFailed(StoreUnavailable):
     """A private etcd did not start; the message ends with its last words."""
 
 

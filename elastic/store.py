@@ -38,7 +38,7 @@ class LeaseLost(RuntimeError):
 
 
 class StoreUnavailable(RuntimeError):
-    """The store did not answer in time. Only opening a store has a deadline."""
+    """The store could not be opened in time. Once it is open, operations wait instead."""
 
 
 class StoreRefused(RuntimeError):

@@ -1,4 +1,4 @@
-"""Users and certificates: who may, may, also after a restart; who may not is told why."""
+"""Users and certificates: who may, may, also when tokens end; who may not is told why."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ async def connect(access: EtcdAccess, prefix: str = PREFIX) -> AsyncIterator[Sto
         await store.close()
 
 
+async def forget_token(etcd: PrivateEtcd) -> None:
+    """A new password, though it is the old one, ends the user's tokens."""
+    async with grpc.aio.insecure_channel(etcd.endpoint) as channel:
+        auth = AuthService(channel)
+        auth.set_token((await auth.authenticate("root", "root's word")).token)
+        await auth.user_change_password("trainer", "trainer's word")
+
+
 async def enable_users(etcd: PrivateEtcd) -> None:
     """A root, and a user whose role covers the keys under PREFIX."""
     async with grpc.aio.insecure_channel(etcd.endpoint) as channel:
@@ -65,7 +73,7 @@ async def etcd_with_users(logs: Path) -> AsyncIterator[PrivateEtcd]:
         await etcd.stop()
 
 
-def test_a_user_goes_on_after_a_restart_that_forgot_all_tokens(tmp_path: Path) -> None:
+def test_a_user_whose_token_etcd_does_not_know_any_more_gets_another(tmp_path: Path) -> None:
     async def main() -> None:
         async with etcd_with_users(tmp_path) as etcd:
             access = EtcdAccess((etcd.endpoint,), "trainer", "trainer's word")
@@ -75,6 +83,7 @@ def test_a_user_goes_on_after_a_restart_that_forgot_all_tokens(tmp_path: Path) -
                 changes = store.watch("/w/")
                 await store.put("/w/a", b"1")
                 await first(changes, 1)
+                await forget_token(etcd)
                 waiting = asyncio.create_task(first(changes, 2))
                 etcd.kill()
                 await etcd.start()
