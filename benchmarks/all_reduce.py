@@ -1,4 +1,4 @@
-"""Where the star beats gloo's ring: the measurement behind `ntp.process_groups.STAR_LIMIT_BYTES`.
+"""Where the star beats gloo's ring: the measurement behind `ntp.stable_group.STAR_LIMIT_BYTES`.
 
     python -m benchmarks.all_reduce [--quick]
 
@@ -56,17 +56,18 @@ def compare(connection: Connection, rank: int, size: int, address: str, budget: 
     import torch.distributed as dist
 
     from elastic.rendezvous_client import RendezvousStore
-    from ntp import process_groups
+    from ntp import stable_group
     from ntp.groups import GroupAxis, GroupSpec
+    from ntp.process_groups import Link, ProcessGroups
 
     torch.set_num_threads(1)
-    groups = process_groups.ProcessGroups(process_groups.Link("gloo", LOOPBACK, 60.0, 60.0))
+    groups = ProcessGroups(Link("gloo", LOOPBACK, 60.0, 60.0))
     store = RendezvousStore(address, STORE_TIMEOUT_SECONDS)
     world = GroupSpec(GroupAxis.WORLD, (), tuple(range(size)))
     groups.adopt([world], [str(r) for r in range(size)], rank, 1, store, frozenset())
 
     def seconds(tensor: torch.Tensor, limit: int, repetitions: int) -> float:
-        process_groups.STAR_LIMIT_BYTES = limit
+        stable_group.STAR_LIMIT_BYTES = limit
         began = time.perf_counter()
         for _ in range(repetitions):
             dist.all_reduce(tensor, group=groups.world)
@@ -94,7 +95,7 @@ def _measure(size: int, logs: Path, budget: float) -> Timings:
 
 
 def _print(timings: dict[int, Timings]) -> None:
-    from ntp.process_groups import STAR_LIMIT_BYTES
+    from ntp.stable_group import STAR_LIMIT_BYTES
 
     table = Table(title="All-reduce over gloo: ring / star (ms of each)")
     table.add_column("tensor", justify="right")

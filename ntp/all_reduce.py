@@ -8,7 +8,7 @@ all-reduce, and no step waits, as waiting only orders streams.
 Over gloo it is made of messages. Each rank owns a share of the tensor: it receives the other ranks'
 parts of that share, adds them to its own in order of rank, and answers with the sum. Small tensors
 are one share, owned by the first rank of the group, as in
-`ntp.process_groups.StableGroup.allreduce`, which is the same star but blocks. Measured for the
+`ntp.stable_group.StableGroup.allreduce`, which is the same star but blocks. Measured for the
 all-reduce of 1.6 MB a slot, 3 replicas x TP4 on 2 cores: processor time of all ranks in a step that
 takes 155 ms of it otherwise.
 
@@ -33,10 +33,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ntp import process_groups
+from ntp import stable_group
 from ntp.exchange import Message
 from ntp.marked_exchange import MarkedExchange
-from ntp.process_groups import StableGroup
+from ntp.stable_group import StableGroup
 
 PART_TAG = 4
 SUM_TAG = 5
@@ -57,7 +57,7 @@ def all_reduce(group: StableGroup, tensor: Tensor, answers: list[MarkedExchange]
         work.wait()
         return
     me, others = group.rank(), [rank for rank in range(group.size()) if rank != group.rank()]
-    is_small = tensor.nbytes * len(others) <= process_groups.STAR_LIMIT_BYTES
+    is_small = tensor.nbytes * len(others) <= stable_group.STAR_LIMIT_BYTES
     shares = [tensor] if is_small else list(tensor.tensor_split(group.size()))
     of_others = [Message(rank, shares[rank]) for rank in others if rank < len(shares)]
     own = shares[me] if me < len(shares) else tensor[:0]

@@ -34,7 +34,7 @@ from ntp.exchange import Message
 from ntp.geometry import SlotRef
 from ntp.local_shards import LocalShards, Placement
 from ntp.marked_exchange import MarkedExchange
-from ntp.process_groups import StableGroup
+from ntp.stable_group import StableGroup
 from ntp.sync_exchange import LeafPiece, SlotExchange
 
 TO_PROXY_TAG = 2

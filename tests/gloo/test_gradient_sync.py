@@ -20,7 +20,7 @@ from harness import Cluster, Rank
 from planted import plant
 from torch import Tensor
 
-from ntp import bundles, marked_exchange, process_groups
+from ntp import bundles, marked_exchange, stable_group
 from ntp.atoms import TensorSpec
 from ntp.geometry import ParallelLayout, SlotRef, vacate
 from ntp.grad_sync import GradientSync, SyncGroups
@@ -147,7 +147,7 @@ def sync_rank(
 ) -> list[dict[str, Tensor]]:
     plant(trap)
     if as_if_large:
-        process_groups.STAR_LIMIT_BYTES = marked_exchange.WHOLE_BYTES = 0
+        stable_group.STAR_LIMIT_BYTES = marked_exchange.WHOLE_BYTES = 0
         bundles.OWN_MESSAGE_BYTES = 200
     slot = Slot(layout, layout.slots()[rank.rank])
     groups = rank.groups()

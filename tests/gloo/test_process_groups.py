@@ -19,13 +19,8 @@ from harness import LINK, TIMEOUT_SECONDS, Cluster, Rank
 
 from ntp.geometry import SlotRef
 from ntp.groups import GroupAxis, GroupSpec, groups_of, places
-from ntp.process_groups import (
-    STAR_LIMIT_BYTES,
-    GroupSevered,
-    ProcessGroups,
-    StableGroup,
-    is_connection_error,
-)
+from ntp.process_groups import ProcessGroups, is_connection_error
+from ntp.stable_group import STAR_LIMIT_BYTES, GroupSevered, StableGroup
 from ntp.sync_plan import plan_sync
 
 SMALL = 7

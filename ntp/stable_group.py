@@ -1,0 +1,264 @@
+"""The groups that modules, schedules and collectives hold, and what serves them at present.
+
+A `StableGroup` delegates to whatever communicator currently serves its axis. A recovery replaces
+the communicator and leaves the proxy, so nothing in a model has to be rebuilt or told. It also
+tells whoever wants to know when this process waits for other ranks, since one that waits is held up
+by somebody else.
+
+How a blocked collective is ended depends on the backend. Gloo's own ``abort`` does not wake pending
+operations, but shutting its connections down does, within milliseconds and on both ends; so a
+communicator holds duplicates of the descriptors of its sockets, and ``sever`` shuts those down.
+Duplicates, so that a descriptor number which gloo closed and the kernel reused is never hit. NCCL
+communicators are aborted.
+
+Small all-reduces over gloo do not use gloo's ring, whose 2(n-1) dependent rounds cost milliseconds
+each on a busy host: the first rank adds what the others send it, in rank order, and returns the
+sum.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from ntp.groups import GroupAxis
+
+STAR_LIMIT_BYTES = 4 * 1024 * 1024
+"""All-reduces over gloo go through the first rank while that receives at most this much;
+`benchmarks/all_reduce.py` measures where the ring overtakes."""
+
+STAR_TAG = 1 << 20
+"""Tag of the star's messages; the exchanges of `ntp.exchange` stay below it."""
+
+
+class GroupSevered(RuntimeError):
+    """An operation was asked of a group that has no communicator at present."""
+
+
+class Communicator:
+    """One live torch process group together with the means to end it from another thread."""
+
+    def __init__(
+        self,
+        group: Any,
+        sockets: Sequence[socket.socket],
+        members: tuple[str, ...],
+        timeout: timedelta,
+    ):
+        self.group = group
+        self.members = members
+        self.timeout = timeout
+        self.severed = False
+        self._sockets = list(sockets)
+
+    def sever(self) -> None:
+        """End operations with an error, here and on peers that wait for this rank. Idempotent."""
+        self.severed = True
+        # Another thread may be closing this communicator.
+        group, sockets = self.group, self._sockets
+        if group is not None and not isinstance(group, dist.ProcessGroupGloo):
+            group.abort()
+        for connection in sockets:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                # The peer closed first: there is nothing left to wake.
+                continue
+
+    def close(self) -> None:
+        """Sever, and let go of the group and its descriptors."""
+        self.sever()
+        self.group = None
+        for connection in self._sockets:
+            connection.close()
+        self._sockets = []
+
+
+class Waits(Protocol):
+    """Who is told when this process waits for others, and when it goes on; calls may nest."""
+
+    def wait(self) -> None:
+        """A wait begins."""
+
+    def resume(self) -> None:
+        """The wait begun last is over."""
+
+
+class Unwatched:
+    """Nobody wants to know."""
+
+    def wait(self) -> None:
+        """A wait begins."""
+
+    def resume(self) -> None:
+        """It is over."""
+
+
+class _Done:
+    """Work that was finished when it was returned."""
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Return at once."""
+        return True
+
+    def is_completed(self) -> bool:
+        """Always true."""
+        return True
+
+
+class _Watched:
+    """Work whose wait is told to `waits`.
+
+    `timeout` bounds the wait for one of gloo's messages, which by itself lasts as long as the group
+    was given to build; None leaves it to the backend.
+    """
+
+    def __init__(self, work: Any, waits: Waits, timeout: timedelta | None = None) -> None:
+        self._work = work
+        self._waits = waits
+        self._timeout = timeout
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Wait until the work is done."""
+        limit = timeout or self._timeout
+        self._waits.wait()
+        try:
+            return bool(self._work.wait(limit) if limit is not None else self._work.wait())
+        finally:
+            self._waits.resume()
+
+    def is_completed(self) -> bool:
+        """Whether a wait would return at once."""
+        return bool(self._work.is_completed())
+
+
+class StableGroup(dist.ProcessGroup):
+    """Proxy that outlives the communicators that serve it.
+
+    ``torch.distributed.all_reduce(x, group=proxy)`` works; ``dist.get_rank(proxy)`` does not, use
+    ``proxy.rank()``. Raises GroupSevered while no communicator is bound.
+    """
+
+    def __init__(self, axis: GroupAxis, waits: Waits | None = None) -> None:
+        super().__init__(0, 1)  # type: ignore[call-arg]  # torch also has this form
+        self.axis = axis
+        self._waits = waits or Unwatched()
+        self.communicator: Communicator | None = None
+
+    @property
+    def inner(self) -> Any:
+        """The process group that serves this proxy now."""
+        if self.communicator is None or self.communicator.group is None:
+            raise GroupSevered(f"the {self.axis} group has no communicator: its generation ended")
+        return self.communicator.group
+
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return int(self.inner.rank())
+
+    def size(self) -> int:
+        """Number of ranks."""
+        return int(self.inner.size())
+
+    def getBackendName(self) -> str:  # noqa: N802 (torch's name)
+        """Name of the backend that serves the group."""
+        return str(self.inner.name())
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
+        """Reduce in place over the group; small tensors over gloo take the star (see module)."""
+        inner = self.inner
+        opts = opts if opts is not None else dist.AllreduceOptions()
+        tensor = tensors[0] if isinstance(tensors, (list, tuple)) else tensors
+        small = tensor.numel() * tensor.element_size() * (inner.size() - 1) <= STAR_LIMIT_BYTES
+        if isinstance(inner, dist.ProcessGroupGloo) and small and tensor.is_contiguous():
+            self._waits.wait()
+            try:
+                _star_all_reduce(self, tensor, opts.reduceOp)
+            finally:
+                self._waits.resume()
+            return _Done()
+        return self._watched(inner.allreduce([tensor], opts))
+
+    def broadcast(self, tensors: Any, *args: Any) -> Any:
+        """Delegate."""
+        return self._watched(self.inner.broadcast(tensors, *args))
+
+    def allgather(self, *args: Any) -> Any:
+        """Delegate."""
+        return self._watched(self.inner.allgather(*args))
+
+    # torch 2.13's names for collectives on single tensors.
+
+    def all_gather_single(self, *args: Any) -> Any:
+        """Delegate."""
+        return self._watched(self.inner._allgather_base(*args))
+
+    def reduce_scatter(self, *args: Any) -> Any:
+        """Delegate."""
+        return self._watched(self.inner.reduce_scatter(*args))
+
+    def reduce_scatter_single(self, *args: Any) -> Any:
+        """Delegate."""
+        return self._watched(self.inner._reduce_scatter_base(*args))
+
+    def all_to_all_single(self, *args: Any) -> Any:
+        """Delegate."""
+        return self._watched(self.inner.alltoall_base(*args))
+
+    def send(self, tensors: Any, rank: int, tag: int) -> Any:
+        """Delegate; over gloo the work's wait has the timeout of operations."""
+        return self._bounded(self.inner.send(tensors, rank, tag))
+
+    def recv(self, tensors: Any, rank: int, tag: int) -> Any:
+        """Delegate; over gloo the work's wait has the timeout of operations."""
+        return self._bounded(self.inner.recv(tensors, rank, tag))
+
+    def _watched(self, work: Any) -> Any:
+        return _Watched(work, self._waits)
+
+    def _bounded(self, work: Any) -> Any:
+        communicator = self.communicator
+        if communicator is None or not isinstance(communicator.group, dist.ProcessGroupGloo):
+            return self._watched(work)
+        return _Watched(work, self._waits, communicator.timeout)
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self.inner._start_coalescing(device)
+
+    def _end_coalescing(self, device: torch.device) -> Any:
+        return self._watched(self.inner._end_coalescing(device))
+
+    def barrier(self, opts: Any = None) -> Any:
+        """Delegate."""
+        opts = opts if opts is not None else dist.BarrierOptions()
+        return self._watched(self.inner.barrier(opts))
+
+
+def _star_all_reduce(group: Any, tensor: torch.Tensor, operation: Any) -> None:
+    """All-reduce through rank 0, which combines contributions in rank order."""
+    size, rank = group.size(), group.rank()
+    if size == 1:
+        return
+    if rank:
+        given = group.send([tensor], 0, STAR_TAG)
+        # The sum comes when all of the part has left, so it may take its place. A wait for the part
+        # would not notice that the first rank was lost in the middle of it.
+        group.recv([tensor], 0, STAR_TAG + 1).wait()
+        given.wait()
+        return
+    received = [torch.empty_like(tensor) for _ in range(size - 1)]
+    pending = [group.recv([buffer], peer + 1, STAR_TAG) for peer, buffer in enumerate(received)]
+    for work, buffer in zip(pending, received, strict=True):
+        work.wait()
+        if operation == dist.ReduceOp.MAX:
+            torch.maximum(tensor, buffer, out=tensor)
+        else:
+            assert operation == dist.ReduceOp.SUM, operation
+            tensor += buffer
+    for work in [group.send([tensor], peer, STAR_TAG + 1) for peer in range(1, size)]:
+        work.wait()
