@@ -126,6 +126,7 @@ class _Life:
             tasks += [asyncio.create_task(self._listen(changes)) for changes in watches]
             tasks.append(asyncio.create_task(self._write(lease)))
             tasks.append(asyncio.create_task(_until_lost(lease)))
+            tasks.append(asyncio.create_task(self._workers.watch()))
             await asyncio.wait([self._warm, *tasks], return_when=asyncio.FIRST_COMPLETED)
             if not any(task.done() for task in tasks):
                 self._warm.result()

@@ -19,6 +19,8 @@ from typing import Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from health.policy import LivenessPolicy, QuarantinePolicy
+
 
 class Settings(BaseModel):
     """Base of every configuration section: frozen, without unknown keys, without inf or nan."""
@@ -86,6 +88,38 @@ class HealthConfig(Settings):
         gt=0,
         description="Seconds a new worker process may take until it first reports itself ready.",
     )
+    heartbeat_seconds: float = Field(
+        default=0.25, gt=0, description="Seconds between two heartbeats of a worker."
+    )
+    heartbeat_timeout_seconds: float = Field(
+        default=3.0,
+        gt=0,
+        description="Seconds of silence after which a worker is killed as hung; must be above two "
+        "heartbeats, and longer than the training thread ever holds Python's lock.",
+    )
+    stopped_timeout_seconds: float = Field(
+        default=0.5,
+        gt=0,
+        description="Seconds a worker whose heartbeats are overdue may be stopped (by SIGSTOP or a "
+        "debugger) before it is killed as hung.",
+    )
+    progress_floor_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        description="Seconds an activity of the training thread may always take, waits for other "
+        "workers not counted.",
+    )
+    progress_factor: float = Field(
+        default=5.0,
+        ge=1,
+        description="An activity may take this many times the longest of its recent durations.",
+    )
+    progress_initial_seconds: float = Field(
+        default=120.0,
+        gt=0,
+        description="Seconds an activity may take while no duration of it is known: in the first "
+        "step after each change of generation, and during the change.",
+    )
     spawn_attempts: int = Field(
         default=3,
         gt=0,
@@ -143,6 +177,42 @@ class HealthConfig(Settings):
         description="Generations in a row that may pass without a committed step; one more halts "
         "the job, as whatever fails would fail again.",
     )
+    flap_window_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        description="A device that fails again this soon after its return, or after its "
+        "quarantine, is quarantined; one that stays well for as long is forgiven.",
+    )
+    quarantine_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds of the first quarantine; each further one is twice as long.",
+    )
+    quarantine_max_seconds: float = Field(
+        default=3600.0, gt=0, description="Seconds that no quarantine exceeds."
+    )
+
+    @property
+    def liveness(self) -> LivenessPolicy:
+        """When a worker process counts as hung."""
+        return LivenessPolicy(
+            heartbeat_seconds=self.heartbeat_seconds,
+            heartbeat_timeout_seconds=self.heartbeat_timeout_seconds,
+            stopped_timeout_seconds=self.stopped_timeout_seconds,
+            spawn_timeout_seconds=self.spawn_timeout_seconds,
+            progress_floor_seconds=self.progress_floor_seconds,
+            progress_factor=self.progress_factor,
+            progress_initial_seconds=self.progress_initial_seconds,
+        )
+
+    @property
+    def quarantine(self) -> QuarantinePolicy:
+        """How long a device that keeps failing is left out."""
+        return QuarantinePolicy(
+            flap_window_seconds=self.flap_window_seconds,
+            quarantine_seconds=self.quarantine_seconds,
+            quarantine_max_seconds=self.quarantine_max_seconds,
+        )
 
     @model_validator(mode="after")
     def _deadlines_are_nested(self) -> Self:
@@ -152,6 +222,14 @@ class HealthConfig(Settings):
                 f"health.rebuild_timeout_seconds ({self.rebuild_timeout_seconds:g}), or a survivor "
                 "that waits for a dead peer in a rebuild is killed as silent"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _policies_are_valid(self) -> Self:
+        try:
+            _ = self.liveness, self.quarantine
+        except ValueError as error:
+            raise ValueError(f"health.{error}") from None
         return self
 
 

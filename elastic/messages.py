@@ -17,6 +17,7 @@ from elastic.plan import Plan
 from elastic.session import Standing
 from elastic.topology import DeviceId, Member
 from health.events import FailureEvent
+from health.heartbeat import Heartbeat
 
 
 class RecoveryPhase(StrEnum):
@@ -204,7 +205,13 @@ class NodeProgress(msgspec.Struct, frozen=True, tag=True):
     statuses: tuple[WorkerStatus, ...] = ()
 
 
-WorkerMessage = Ready | Quiesced | PhaseDone | ConnectionLost | FaultFired | StepDone
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """Worker: it lives, and this is what it does."""
+
+    heartbeat: Heartbeat
+
+
+WorkerMessage = Ready | Beat | Quiesced | PhaseDone | ConnectionLost | FaultFired | StepDone
 AgentMessage = Quiesce | Adopt | Stop
 StoreMessage = (
     Quiesce

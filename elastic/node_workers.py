@@ -1,7 +1,8 @@
 """The worker processes of a node: started, listened to, fenced and replaced.
 
-One event loop, no policy. Workers live in their own processes and process groups; whatever is left
-of a group is killed before its failure is reported, so a reported failure is a fenced one.
+One event loop, no policy but that of `health.liveness`. Workers live in their own processes and
+process groups; whatever is left of a group is killed before its failure is reported, so a reported
+failure is a fenced one.
 
 A device gets its replacement process as soon as it is healthy, long before any plan wants it. A
 process that failed by itself leaves a healthy device. An injected fault says when the device heals.
@@ -22,11 +23,12 @@ import msgspec
 
 from elastic.config import HealthConfig
 from elastic.faults import Fault
-from elastic.messages import AgentMessage, Failed, FaultFired, Ready, WorkerMessage
+from elastic.messages import AgentMessage, Beat, Failed, FaultFired, Ready, WorkerMessage
 from elastic.spawn import Child, Spawner
 from elastic.topology import DeviceId, Member
 from health.classify import Signal, classify
-from health.probes.process import read_exit
+from health.liveness import Liveness
+from health.probes.process import is_stopped, read_exit
 
 INCARNATIONS_PER_LIFE = 1_000_000
 """Each life of an agent numbers its processes in a range of its own, so no number is used twice."""
@@ -114,12 +116,27 @@ class NodeWorkers:
         first = (life - 1) * INCARNATIONS_PER_LIFE
         self._devices = {device: _Device(first) for device in spec.devices}
         self._faults = list(spec.faults)
+        self._liveness = Liveness(spec.health.liveness, time.monotonic())
         self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
 
     def start(self) -> None:
         """Start a process on every device."""
         for device in self._devices:
             self._spawn(device)
+
+    async def watch(self) -> None:
+        """Fence workers that hang, until cancelled."""
+        while True:
+            await asyncio.sleep(self._spec.health.heartbeat_seconds)
+            running = {process.member.device: process for process in self._running()}
+            now = time.monotonic()
+            stopped = [
+                device
+                for device in self._liveness.overdue(now)
+                if device in running and is_stopped(running[device].child.pid)
+            ]
+            for signal in self._liveness.expired(now, stopped):
+                self.fence(Member(signal.device, signal.incarnation), signal)
 
     @property
     def ready(self) -> tuple[Member, ...]:
@@ -186,6 +203,7 @@ class NodeWorkers:
             payload=self._spec.payload,
         )
         child = self._spawner.start(self._spec.worker_main, log, spec)
+        self._liveness.started(device, member.incarnation, time.monotonic())
         process = _Process(member, child, log)
         state.process = process
         loop = asyncio.get_running_loop()
@@ -216,6 +234,8 @@ class NodeWorkers:
             process.ready = True
             self._devices[process.member.device].failed_spawns = 0
             self._supervisor.changed()
+        elif isinstance(message, Beat):
+            self._liveness.observe(message.heartbeat, time.monotonic())
         elif isinstance(message, FaultFired):
             process.fired = message
             self._faults = [fault for fault in self._faults if fault.id != message.fault]
@@ -230,6 +250,7 @@ class NodeWorkers:
         process.child.process.join()
         process.child.connection.close()
         device = process.member.device
+        self._liveness.ended(device, process.member.incarnation)
         state = self._devices[device]
         state.process = None
         fault = self._fault(process.fired)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from elastic.agent_link import AgentLink
+from elastic.heart import Heart
 from elastic.messages import (
     Adopt,
     AgentMessage,
@@ -41,6 +42,7 @@ from elastic.plan import Plan
 from elastic.rendezvous_client import RendezvousStore
 from elastic.session import Session, StepPoint, standing
 from elastic.topology import Assignment, Coordinate, Member
+from health.heartbeat import Activity
 from ntp.geometry import SlotRef
 from ntp.groups import GroupAxis
 from ntp.process_groups import GroupKey, ProcessGroups, connection_error
@@ -95,9 +97,15 @@ class Worker:
     """State of one worker process with respect to the cluster."""
 
     def __init__(
-        self, member: Member, link: AgentLink, groups: ProcessGroups, device: torch.device
+        self,
+        member: Member,
+        link: AgentLink,
+        heart: Heart,
+        groups: ProcessGroups,
+        device: torch.device,
     ) -> None:
         self.member = member
+        self.heart = heart
         self.groups = groups
         self.session = Session()
         self.plan: Plan | None = None
@@ -111,10 +119,12 @@ class Worker:
         self._step_started = (0, 0, 0.0)
         self._compute_began = self._compute_seconds = 0.0
         self._in_model = False
+        self._cold = True
 
     def start(self) -> None:
         """Begin to listen, and say that this worker is ready."""
         self._link.start(self._hear)
+        self.heart.start()
         self._link.send(Ready(self.member))
 
     @property
@@ -138,6 +148,11 @@ class Worker:
         self._in_model = False
         self._compute_seconds = time.perf_counter() - self._compute_began
         self.check()
+        self.turn_to(Activity.GRADIENT_SYNC)
+
+    def turn_to(self, activity: Activity) -> None:
+        """Tell the heart what the training thread does from here on."""
+        self.heart.begin(activity, self.session.step, cold=self._cold)
 
     def check(self) -> None:
         """Raise StepAborted if a new generation is announced that does not wait."""
@@ -151,12 +166,15 @@ class Worker:
         self._step_started = (self.generation, self.coordinate.replica, time.time())
         self._in_model = True
         self._compute_began = time.perf_counter()
+        self.turn_to(Activity.COMPUTING)
 
     def commit(self, trainable: Trainable, vote: tuple[float, ...]) -> None:
         """Apply the step in flight with the vote held, and report it."""
         step = self.session.step
+        self.turn_to(Activity.OPTIMIZER)
         trainable.apply(step, vote)
         self.session = self.session.commit()
+        self._cold = False
         figures = trainable.figures(step, vote)
         generation, replica, started_at = self._step_started
         self._link.send(
@@ -187,6 +205,8 @@ class Worker:
         A plan that leaves it out makes its state stale, so it lets go of that and of its groups.
         """
         announced = self.generation
+        self._cold = True
+        self.turn_to(Activity.AWAITING_PLAN)
         while True:
             match self._link.receive():
                 case Quiesce() as quiesce:
@@ -218,6 +238,7 @@ class Worker:
         self.plan = plan
         place = self.coordinate
         self._settle(plan, trainable)
+        self.turn_to(Activity.REBUILD)
         self._slot = place.slot_ref
         rank = [assignment.member for assignment in plan.participants].index(self.member)
         donates = rank >= len(plan.placement)
@@ -242,6 +263,7 @@ class Worker:
         self.check()
         self._compare_digests(plan)
         self._done(RecoveryPhase.REBUILD)
+        self.turn_to(Activity.RESHARD)
         if donates:
             trainable.donate(plan, place)
         else:

@@ -9,6 +9,8 @@ import signal as signals
 from dataclasses import dataclass
 
 from health.events import DeviceId, FailureEvent, FaultKind, Severity
+from health.heartbeat import Activity
+from health.policy import Deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,52 @@ class StoppedAnswering:
 
 
 @dataclass(frozen=True, slots=True)
+class NotReady:
+    """A worker process sent no heartbeat at all in the `waited_seconds` since its start."""
+
+    device: DeviceId
+    incarnation: int
+    waited_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatLost:
+    """A worker's heartbeats ceased for `silent_seconds`; the last told of `activity` in `step`."""
+
+    device: DeviceId
+    incarnation: int
+    silent_seconds: float
+    limit_seconds: float
+    activity: Activity
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """A worker process is stopped, by SIGSTOP or a debugger, and its heartbeats are overdue."""
+
+    device: DeviceId
+    incarnation: int
+    stopped_seconds: float
+    silent_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class NoProgress:
+    """A worker lives and waits for nobody, but its activity takes longer than it ever should.
+
+    `own_seconds` is the activity's own time (see `health.heartbeat`).
+    """
+
+    device: DeviceId
+    incarnation: int
+    activity: Activity
+    step: int
+    own_seconds: float
+    deadline: Deadline
+
+
+@dataclass(frozen=True, slots=True)
 class NodeGone:
     """The agent of the worker's node is gone, and the worker with it."""
 
@@ -44,7 +92,9 @@ class NodeGone:
     evidence: str
 
 
-Signal = ProcessExited | StoppedAnswering | NodeGone
+Signal = (
+    ProcessExited | StoppedAnswering | NotReady | HeartbeatLost | Stopped | NoProgress | NodeGone
+)
 
 
 def classify(signal: Signal, *, device_healthy: bool, now: float) -> FailureEvent:
@@ -52,27 +102,54 @@ def classify(signal: Signal, *, device_healthy: bool, now: float) -> FailureEven
 
     `device_healthy`: no probe holds anything against the device, so only the process failed.
     """
-    match signal:
-        case ProcessExited(device, incarnation, status, last_words):
-            kind = FaultKind.PROCESS_EXIT
-            evidence = _describe_exit(status)
-            if last_words:
-                evidence += f"; its log ends: {last_words}"
-        case StoppedAnswering(device, incarnation, asked_to, waited):
-            kind = FaultKind.HANG
-            evidence = f"did not {asked_to} within {waited:g} s and was killed"
-        case NodeGone(device, incarnation, evidence):
-            kind = FaultKind.NODE_LOST
-    severity = Severity.TRANSIENT if device_healthy else Severity.FATAL
+    kind, evidence = _kind_and_evidence(signal)
     return FailureEvent(
-        id=f"{device}#{incarnation}",
-        device=device,
-        incarnation=incarnation,
+        id=f"{signal.device}#{signal.incarnation}",
+        device=signal.device,
+        incarnation=signal.incarnation,
         kind=kind,
-        severity=severity,
+        severity=Severity.TRANSIENT if device_healthy else Severity.FATAL,
         at=now,
         evidence=evidence,
     )
+
+
+def _kind_and_evidence(signal: Signal) -> tuple[FaultKind, str]:
+    match signal:
+        case ProcessExited():
+            evidence = _describe_exit(signal.status)
+            if signal.last_words:
+                evidence += f"; its log ends: {signal.last_words}"
+            return FaultKind.PROCESS_EXIT, evidence
+        case StoppedAnswering():
+            return (
+                FaultKind.HANG,
+                f"did not {signal.asked_to} within {signal.waited_seconds:g} s and was killed",
+            )
+        case NotReady():
+            return FaultKind.HANG, f"not ready {signal.waited_seconds:.3g} s after its start"
+        case HeartbeatLost():
+            return (
+                FaultKind.HEARTBEAT_LOST,
+                f"no heartbeat for {signal.silent_seconds:.3g} s (limit "
+                f"{signal.limit_seconds:g} s); the last one told of {signal.activity} in step "
+                f"{signal.step}",
+            )
+        case Stopped():
+            return (
+                FaultKind.HANG,
+                f"stopped (state T) for {signal.stopped_seconds:.3g} s, no heartbeat for "
+                f"{signal.silent_seconds:.3g} s",
+            )
+        case NodeGone():
+            return FaultKind.NODE_LOST, signal.evidence
+        case NoProgress():
+            return (
+                FaultKind.HANG,
+                f"{signal.activity} in step {signal.step} took {signal.own_seconds:.3g} s of its "
+                f"own time, without waiting for anybody; deadline {signal.deadline.seconds:.3g} s "
+                f"({signal.deadline.basis})",
+            )
 
 
 def _describe_exit(status: int) -> str:

@@ -17,9 +17,11 @@ from elastic.agent_link import AgentLink
 from elastic.config import ClusterConfig
 from elastic.fault_hook import FaultHook
 from elastic.faults import FaultPhase
+from elastic.heart import Heart
 from elastic.node_workers import WorkerSpec
 from elastic.topology import DeviceId
 from elastic.worker import StepAborted, Worker
+from health.heartbeat import Activity
 from ntp.process_groups import Link, ProcessGroups, is_connection_error
 from trainer.batch import combine
 from trainer.config import RunConfig
@@ -40,15 +42,16 @@ def run_worker(connection: Connection, spec: WorkerSpec) -> None:
     config = payload.config
     device = _device(spec.member.device, config.cluster)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    groups = ProcessGroups(
-        Link(
-            backend,
-            spec.host,
-            spec.health.rebuild_timeout_seconds,
-            spec.health.collective_timeout_seconds,
-        )
+    agent = AgentLink(connection)
+    heart = Heart(spec.member, agent, spec.health.heartbeat_seconds)
+    link = Link(
+        backend,
+        spec.host,
+        spec.health.rebuild_timeout_seconds,
+        spec.health.collective_timeout_seconds,
     )
-    worker = Worker(spec.member, AgentLink(connection), groups, device)
+    groups = ProcessGroups(link, heart)
+    worker = Worker(spec.member, agent, heart, groups, device)
     steps = StepLoop(config, worker, spec, device)
     if steps.corpus.fingerprint != payload.corpus:
         raise CorpusChanged(
@@ -124,6 +127,7 @@ class StepLoop:
         generation.sync.finish(between=lambda: self._at(FaultPhase.GRAD_SYNC))
         worker.session = worker.session.prepare()
 
+        worker.turn_to(Activity.VOTE)
         self._at(FaultPhase.VOTE)
         vote = self._vote(loss_sum, batch)
         worker.session = worker.session.hold_vote(vote)

@@ -1,4 +1,4 @@
-"""Reader of one source of signals: how a worker process ended."""
+"""Readers of one source of signals: how a worker process ended, and whether it is stopped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from health.classify import ProcessExited
 from health.events import DeviceId
 
 LOG_TAIL_CHARACTERS = 300
+PROC = Path("/proc")
 
 
 def read_exit(device: DeviceId, incarnation: int, status: int, log: Path) -> ProcessExited:
@@ -17,3 +18,17 @@ def read_exit(device: DeviceId, incarnation: int, status: int, log: Path) -> Pro
         lines = log.read_text(errors="replace").strip().splitlines()
         last_words = lines[-1][-LOG_TAIL_CHARACTERS:] if lines else ""
     return ProcessExited(device, incarnation, status, last_words)
+
+
+def is_stopped(pid: int, proc: Path = PROC) -> bool:
+    """Whether the process is stopped by a signal (state T) or by a debugger (state t).
+
+    False for one that ended, and on systems without /proc, where a hang is still found, but later.
+    """
+    try:
+        stat = (proc / str(pid) / "stat").read_bytes()
+    except OSError:
+        return False
+    # The second field, in parentheses, is the program's name and may itself contain anything.
+    _, _, after_name = stat.rpartition(b")")
+    return after_name.split()[:1] in ([b"T"], [b"t"])

@@ -17,6 +17,7 @@ from harness import LINK, Rank
 from planted import plant
 from torch import Tensor
 
+from elastic.heart import Heart
 from elastic.messages import Quiesce, Quiesced, StepDone
 from elastic.node_workers import WorkerSpec
 from elastic.plan import Plan
@@ -145,7 +146,8 @@ def story_rank(
     member = members_of(chapters)[rank.rank]
     cpu = torch.device("cpu")
     line = Line()
-    worker = Worker(member, line, rank.groups(), cpu)  # type: ignore[arg-type]
+    heart = Heart(member, line, interval_seconds=3600.0)  # type: ignore[arg-type]
+    worker = Worker(member, line, heart, rank.groups(), cpu)  # type: ignore[arg-type]
     spec = WorkerSpec(member, LINK.host, config.health, (), time.time(), "")
     steps = StepLoop(config, worker, spec, cpu)
     training = steps.training

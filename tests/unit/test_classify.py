@@ -6,8 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from health.classify import ProcessExited, StoppedAnswering, classify
+from health.classify import (
+    HeartbeatLost,
+    NoProgress,
+    NotReady,
+    ProcessExited,
+    Signal,
+    Stopped,
+    StoppedAnswering,
+    classify,
+)
 from health.events import DeviceId, FailureEvent, FaultKind, Severity
+from health.heartbeat import Activity
+from health.policy import Deadline
 from health.probes.process import LOG_TAIL_CHARACTERS, read_exit
 
 DEVICE = DeviceId(2, 5)
@@ -44,20 +55,40 @@ def test_the_evidence_of_an_exit_is_what_a_person_wants_to_read(
     assert (event.kind, event.evidence) == (FaultKind.PROCESS_EXIT, evidence)
 
 
-def test_a_worker_that_stopped_answering_hangs() -> None:
-    event = classify(StoppedAnswering(DEVICE, 1, "stop", 2.5), device_healthy=False, now=0.0)
-    assert event.kind is FaultKind.HANG
-    assert event.evidence == "did not stop within 2.5 s and was killed"
+HANGS: dict[Signal, tuple[FaultKind, str]] = {
+    StoppedAnswering(DEVICE, 1, "stop", 2.5): (
+        FaultKind.HANG,
+        "did not stop within 2.5 s and was killed",
+    ),
+    NotReady(DEVICE, 1, 120.04): (FaultKind.HANG, "not ready 120 s after its start"),
+    HeartbeatLost(DEVICE, 1, 3.125, 3.0, Activity.COMPUTING, 17): (
+        FaultKind.HEARTBEAT_LOST,
+        "no heartbeat for 3.12 s (limit 3 s); the last one told of computing in step 17",
+    ),
+    Stopped(DEVICE, 1, 0.5, 1.25): (
+        FaultKind.HANG,
+        "stopped (state T) for 0.5 s, no heartbeat for 1.25 s",
+    ),
+    NoProgress(DEVICE, 1, Activity.VOTE, 17, 12.5, Deadline(10.0, "floor")): (
+        FaultKind.HANG,
+        "vote in step 17 took 12.5 s of its own time, without waiting for anybody; "
+        "deadline 10 s (floor)",
+    ),
+}
+
+
+@pytest.mark.parametrize("signal", HANGS)
+def test_the_evidence_of_a_hang_has_its_numbers(signal: Signal) -> None:
+    event = classify(signal, device_healthy=False, now=0.0)
+    assert (event.kind, event.evidence) == HANGS[signal]
 
 
 @pytest.mark.parametrize(
     ("healthy", "severity"), [(True, Severity.TRANSIENT), (False, Severity.FATAL)]
 )
-@pytest.mark.parametrize(
-    "signal", [ProcessExited(DEVICE, 1, 1, ""), StoppedAnswering(DEVICE, 1, "stop", 1.0)]
-)
+@pytest.mark.parametrize("signal", [ProcessExited(DEVICE, 1, 1, ""), *HANGS])
 def test_the_device_decides_how_bad_it_is(
-    signal: ProcessExited | StoppedAnswering, healthy: bool, severity: Severity
+    signal: Signal, healthy: bool, severity: Severity
 ) -> None:
     assert classify(signal, device_healthy=healthy, now=0.0).severity is severity
 

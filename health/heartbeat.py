@@ -1,0 +1,136 @@
+"""What a worker tells of itself while it runs.
+
+Pure. A heartbeat says two things. That it arrives shows that the process lives: a thread of its own
+sends it, so it also comes while the training thread is blocked. What is in it shows whether the
+training thread gets on: the activity, and for how long.
+
+That time is divided into *own time* and *waits*. A worker waits while only others can make it go
+on: in a collective, in a receive, for the rendezvous store, and also while the host waits for its
+accelerator, which may be inside a collective. Own time is all the rest. A slow or dead worker makes
+all its peers wait, but adds nothing to their own time, so own time can be held against a worker.
+
+Heartbeats carry ages, never clock readings, so that clocks need not agree.
+
+`ActivityLog` is the worker's side. The training thread writes to it and the heartbeat's thread
+reads it without a lock: the state is one immutable value, replaced in one assignment, and finished
+spans pass through a deque, whose operations are atomic.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from health.events import DeviceId
+
+RECENT_SPANS = 64
+"""How many of the latest spans of an activity count."""
+
+
+class Activity(StrEnum):
+    """What a training thread does. Nothing is expected of one that awaits a plan."""
+
+    AWAITING_PLAN = "awaiting_plan"
+    COMPUTING = "computing"
+    GRADIENT_SYNC = "gradient_sync"
+    VOTE = "vote"
+    OPTIMIZER = "optimizer"
+    REBUILD = "rebuild"
+    RESHARD = "reshard"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One uninterrupted stretch of an activity, finished or under way.
+
+    `cold`: it belongs to a change of generation or to the first step after one, in which caches are
+    cold and buffers new; its duration says nothing of later ones. `own_seconds` is the time outside
+    of waits, `longest_wait_seconds` the longest single wait that is over (0: none).
+    """
+
+    activity: Activity
+    step: int
+    cold: bool
+    own_seconds: float
+    longest_wait_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A sign of life of process `incarnation` on `device`.
+
+    `waiting_seconds` is the age of the wait that the training thread is in, None outside of one.
+    `finished` are the spans that ended since the previous heartbeat, oldest first.
+    """
+
+    device: DeviceId
+    incarnation: int
+    current: Span
+    waiting_seconds: float | None
+    finished: tuple[Span, ...]
+
+
+class _Running(NamedTuple):
+    """The span under way, in readings of the worker's clock; `depth` counts nested waits.
+
+    Replaced twice in every collective: a frozen dataclass would take three times as long.
+    """
+
+    activity: Activity
+    step: int
+    cold: bool
+    began: float
+    waited_seconds: float = 0.0
+    longest_wait_seconds: float = 0.0
+    depth: int = 0
+    waiting_since: float = 0.0
+
+    def span(self, now: float) -> Span:
+        until = self.waiting_since if self.depth else now
+        own = until - self.began - self.waited_seconds
+        return Span(self.activity, self.step, self.cold, own, self.longest_wait_seconds)
+
+
+class ActivityLog:
+    """Keeps track of one training thread. `now` is a monotonic clock of the worker, in seconds.
+
+    `begin`, `wait` and `resume` are for one thread at a time, `heartbeat` is for any other.
+    """
+
+    def __init__(self, device: DeviceId, incarnation: int, now: float) -> None:
+        self._device = device
+        self._incarnation = incarnation
+        self._running = _Running(Activity.AWAITING_PLAN, 0, True, now)
+        self._finished: deque[Span] = deque(maxlen=RECENT_SPANS * len(Activity))
+
+    def begin(self, activity: Activity, step: int, now: float, *, cold: bool) -> None:
+        """The activity under way ends, and another begins."""
+        assert self._running.depth == 0, f"{self._running.activity} ended inside a wait"
+        self._finished.append(self._running.span(now))
+        self._running = _Running(activity, step, cold, now)
+
+    def wait(self, now: float) -> None:
+        """A wait for others begins. One inside another is part of that."""
+        running = self._running
+        since = running.waiting_since if running.depth else now
+        self._running = running._replace(depth=running.depth + 1, waiting_since=since)
+
+    def resume(self, now: float) -> None:
+        """The wait begun last is over."""
+        running = self._running
+        assert running.depth > 0, f"{running.activity} resumed without a wait"
+        waited = now - running.waiting_since if running.depth == 1 else 0.0
+        self._running = running._replace(
+            depth=running.depth - 1,
+            waited_seconds=running.waited_seconds + waited,
+            longest_wait_seconds=max(running.longest_wait_seconds, waited),
+        )
+
+    def heartbeat(self, now: float) -> Heartbeat:
+        """The heartbeat to send now; finished spans are handed out once."""
+        finished = tuple(self._finished.popleft() for _ in range(len(self._finished)))
+        running = self._running
+        waiting = now - running.waiting_since if running.depth else None
+        return Heartbeat(self._device, self._incarnation, running.span(now), waiting, finished)

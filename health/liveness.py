@@ -1,0 +1,215 @@
+"""Which workers of a node hang: heartbeats in, signals out.
+
+Pure. The agent says when a worker process starts and ends, hands over each heartbeat, and asks
+`expired` from time to time, at the latest at `next_deadline`. Four rules, each with its own limit
+in the policy:
+
+    NotReady       it sent no heartbeat since it started
+    HeartbeatLost  its heartbeats ceased
+    Stopped        they are overdue, and the system says that the process is stopped: no need to
+                   wait for the generous limit of the rule above
+    NoProgress     they come, but the training thread is in one activity for too long and does not
+                   wait for anybody
+
+Limits on progress are learned from the spans that the worker finished, see `health.policy`. A cold
+span makes it forget them, as the batch split or the layout may have changed. Who waits is never
+blamed: somebody else holds it up, perhaps on another node. A node whose workers all wait for too
+long cannot know who; `stalled` says so once, for the controller to judge.
+
+A signal is given once, after which the process is no longer watched: it is about to be killed.
+
+An agent that was itself held up finds everybody silent, because it did not listen. So silence is
+not measured in clock time but in *attention*: of the time between two calls of this object, only
+as much counts as an agent that is well lets pass. A held-up agent is late, but accuses nobody.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from health.classify import HeartbeatLost, NoProgress, NotReady, Signal, Stopped
+from health.events import DeviceId
+from health.heartbeat import RECENT_SPANS, Activity, Heartbeat, Span
+from health.policy import Deadline, LivenessPolicy, progress_deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Stalled:
+    """All workers of a node wait for others, each longer than it ever should; no failure in itself.
+
+    The fields are those of the worker that has waited longest.
+    """
+
+    device: DeviceId
+    incarnation: int
+    activity: Activity
+    step: int
+    waiting_seconds: float
+    deadline: Deadline
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A process under watch. `heard_at` and `stopped_since` are readings of the attention.
+
+    `heard_at` is that of its start until its first heartbeat. `spans` are warm, by activity.
+    """
+
+    incarnation: int
+    heard_at: float
+    stopped_since: float | None = None
+    newest: Heartbeat | None = None
+    spans: dict[Activity, deque[Span]] = field(default_factory=dict)
+
+    def learn(self, span: Span) -> None:
+        if span.cold:
+            self.spans.clear()
+        else:
+            self.spans.setdefault(span.activity, deque(maxlen=RECENT_SPANS)).append(span)
+
+    def deadline(
+        self, policy: LivenessPolicy, current: Span, seconds: Callable[[Span], float]
+    ) -> Deadline:
+        known = () if current.cold else self.spans.get(current.activity, ())
+        return progress_deadline(policy, [seconds(span) for span in known])
+
+
+class Liveness:
+    """Watch over the workers of one node. `now` is any monotonic clock, in seconds.
+
+    Each method that takes `now` also counts as attention; `expired` should come after all
+    heartbeats that have arrived.
+    """
+
+    def __init__(self, policy: LivenessPolicy, now: float) -> None:
+        self._policy = policy
+        self._workers: dict[DeviceId, _Worker] = {}
+        self._called_at = now
+        self._attention = 0.0
+        self._stall_told = False
+
+    def started(self, device: DeviceId, incarnation: int, now: float) -> None:
+        """Watch this process, instead of an earlier one on its device."""
+        self._attend(now)
+        self._workers[device] = _Worker(incarnation, heard_at=self._attention)
+
+    def ended(self, device: DeviceId, incarnation: int) -> None:
+        """Watch this process no longer."""
+        if self._watched(device, incarnation) is not None:
+            del self._workers[device]
+
+    def observe(self, heartbeat: Heartbeat, now: float) -> None:
+        """A heartbeat arrived. One of a process that is not watched says nothing."""
+        self._attend(now)
+        worker = self._watched(heartbeat.device, heartbeat.incarnation)
+        if worker is None:
+            return
+        worker.heard_at = self._attention
+        worker.stopped_since = None
+        worker.newest = heartbeat
+        for span in heartbeat.finished:
+            worker.learn(span)
+
+    def overdue(self, now: float) -> tuple[DeviceId, ...]:
+        """The devices whose processes `expired` wants to be looked at."""
+        self._attend(now)
+        return tuple(device for device, worker in self._workers.items() if self._is_overdue(worker))
+
+    def expired(self, now: float, stopped: Collection[DeviceId]) -> list[Signal]:
+        """The processes that hang. `stopped`: those of `overdue` that the system calls stopped."""
+        self._attend(now)
+        found = []
+        for device, worker in self._workers.items():
+            self._note_state(worker, device in stopped)
+            signal = self._silence(device, worker) or self._standstill(worker)
+            if signal is not None:
+                found.append(signal)
+        for signal in found:
+            del self._workers[signal.device]
+        return found
+
+    def stalled(self) -> Stalled | None:
+        """That nobody on this node can go on, told once until somebody went on."""
+        verdicts = [
+            self._stall(worker, worker.newest)
+            for worker in self._workers.values()
+            if worker.newest is not None
+            and worker.newest.current.activity is not Activity.AWAITING_PLAN
+        ]
+        stalls = [verdict for verdict in verdicts if verdict is not None]
+        told, self._stall_told = self._stall_told, 0 < len(stalls) == len(verdicts)
+        if told or not self._stall_told:
+            return None
+        return max(stalls, key=lambda stall: stall.waiting_seconds)
+
+    def next_deadline(self, now: float) -> float | None:
+        """When to call `expired` next, at the latest; None: nobody is watched."""
+        if not self._workers:
+            return None
+        # Never further ahead: a longer sleep would not count as attention.
+        return now + self._policy.heartbeat_seconds
+
+    def _attend(self, now: float) -> None:
+        self._attention += min(now - self._called_at, self._policy.overdue_seconds)
+        self._called_at = now
+
+    def _watched(self, device: DeviceId, incarnation: int) -> _Worker | None:
+        worker = self._workers.get(device)
+        return worker if worker is not None and worker.incarnation == incarnation else None
+
+    def _is_overdue(self, worker: _Worker) -> bool:
+        return self._attention - worker.heard_at > self._policy.overdue_seconds
+
+    def _note_state(self, worker: _Worker, stopped: bool) -> None:
+        if not (stopped and self._is_overdue(worker)):
+            worker.stopped_since = None
+        elif worker.stopped_since is None:
+            worker.stopped_since = self._attention
+
+    def _silence(self, device: DeviceId, worker: _Worker) -> Signal | None:
+        """The signal for a process that does not let itself be heard."""
+        policy, incarnation = self._policy, worker.incarnation
+        silent = self._attention - worker.heard_at
+        if worker.stopped_since is not None:
+            stopped = self._attention - worker.stopped_since
+            if stopped >= policy.stopped_timeout_seconds:
+                return Stopped(device, incarnation, stopped, silent)
+        if worker.newest is None:
+            late = silent >= policy.spawn_timeout_seconds
+            return NotReady(device, incarnation, silent) if late else None
+        if silent < policy.heartbeat_timeout_seconds:
+            return None
+        last = worker.newest.current
+        limit = policy.heartbeat_timeout_seconds
+        return HeartbeatLost(device, incarnation, silent, limit, last.activity, last.step)
+
+    def _standstill(self, worker: _Worker) -> Signal | None:
+        """The signal for a process that says itself that it does not get on."""
+        newest = worker.newest
+        if newest is None or newest.waiting_seconds is not None:
+            return None
+        current = newest.current
+        if current.activity is Activity.AWAITING_PLAN:
+            return None
+        # Nothing is added for the time since the heartbeat: the activity may have ended by now.
+        own = current.own_seconds
+        deadline = worker.deadline(self._policy, current, lambda span: span.own_seconds)
+        if own <= deadline.seconds:
+            return None
+        return NoProgress(
+            newest.device, newest.incarnation, current.activity, current.step, own, deadline
+        )
+
+    def _stall(self, worker: _Worker, newest: Heartbeat) -> Stalled | None:
+        """The stall that this worker is part of, if the others agree."""
+        current, waiting = newest.current, newest.waiting_seconds
+        if waiting is None:
+            return None
+        deadline = worker.deadline(self._policy, current, lambda span: span.longest_wait_seconds)
+        if waiting <= deadline.seconds:
+            return None
+        return Stalled(
+            newest.device, newest.incarnation, current.activity, current.step, waiting, deadline
+        )
