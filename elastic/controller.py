@@ -43,6 +43,7 @@ from elastic.membership import Membership
 from elastic.messages import (
     Adopt,
     AgentRecord,
+    ComponentFault,
     ConnectionLost,
     Failed,
     FaultFired,
@@ -56,7 +57,7 @@ from elastic.messages import (
     StepDone,
     Stop,
 )
-from elastic.notes import failure_note, fault_note, plan_note
+from elastic.notes import component_fault_note, failure_note, fault_note, plan_note
 from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan
 from elastic.planner import JobShape, Situation, complete_slots, home_devices, plan_generation
@@ -93,6 +94,7 @@ class Controller:
         self._quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
         self._adoption = Adoption(self.generation, ())
         self._pace = PaceLog(self.plans)
+        self._agent_faults: dict[int, ComponentFault] = {}
         self._recorded = recorded
 
     def begin(self, journaled: Collection[str], now: float) -> list[Effect]:
@@ -208,14 +210,21 @@ class Controller:
         lost = self._members.remove_node(event.node)
         hit = bool(lost & self._involved()) and bool(self.plans)
         effects: list[Effect] = []
+        fault = self._agent_faults.pop(event.node, None)
+        cause = (fault.fault, fault.at, None, fault.step) if fault else (None, None, None, None)
         for member in sorted(lost):
             self._quiescence.drop(member)
             gone = NodeGone(member.device, member.incarnation, event.evidence)
             failure = classify(gone, device_healthy=False, now=now)
-            effects.append(self._failure_note(Failed(failure, None, None, None)))
+            effects.append(self._failure_note(Failed(failure, *cause)))
         if hit:
             effects += self._announce(f"node{event.node} is lost", True, now)
         return effects
+
+    def _component_fault(self, event: ComponentFault, now: float) -> list[Effect]:
+        if event.node is not None:
+            self._agent_faults[event.node] = event
+        return [component_fault_note(event)]
 
     def _node_alive(self, event: NodeAlive, now: float) -> list[Effect]:
         if event.generation == self.generation:
@@ -465,6 +474,7 @@ _TABLE: Mapping[tuple[Phase, type[Any]], _Handler] = {
     **{(phase, NodeProgress): Controller._node_progress for phase in _LIVE},
     **{(phase, StopRequested): Controller._stop_requested for phase in _LIVE},
     **{(phase, NodeLost): Controller._node_lost for phase in _LIVE},
+    **{(phase, ComponentFault): Controller._component_fault for phase in _LIVE},
     **{(phase, Outage): Controller._outage for phase in _LIVE},
     (Phase.QUIESCING, NodeReport): Controller._node_report,
     (Phase.QUIESCING, NodeAlive): Controller._node_alive,

@@ -14,6 +14,7 @@ from typing import Any
 from elastic.messages import (
     Adopt,
     AgentRecord,
+    ComponentFault,
     Failed,
     Fence,
     NodeAlive,
@@ -67,6 +68,7 @@ class Outage:
 Event = (
     AgentRecord
     | Failed
+    | ComponentFault
     | NodeAlive
     | NodeReport
     | NodeProgress

@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
-from elastic.faults import Fault, FaultInjection, FaultPhase, NodeTarget, SlotTarget
+from elastic.faults import (
+    ComponentTarget,
+    Fault,
+    FaultInjection,
+    FaultPhase,
+    NodeTarget,
+    SlotTarget,
+)
 from elastic.topology import Coordinate
+
+SLOW_SECONDS = 1.0
+"""How long a fault of kind ``slow`` holds a worker up, unless args.seconds says otherwise."""
 
 
 class InjectedFault(RuntimeError):
@@ -67,10 +77,17 @@ class FaultHook:
                 return coordinate == Coordinate(replica, stage, slot)
             case NodeTarget(node):
                 return node == self._node
+            case ComponentTarget():
+                # The launcher's business.
+                return False
 
 
-def _carry_out(fault: Fault) -> NoReturn:
+def _carry_out(fault: Fault) -> None:
     match fault.kind:
+        case FaultInjection.SLOW:
+            time.sleep(float(dict(fault.args).get("seconds") or SLOW_SECONDS))
+        case FaultInjection.SIGSTOP:
+            os.kill(os.getpid(), signal.SIGSTOP)
         case FaultInjection.EXIT:
             os._exit(int(dict(fault.args).get("code") or 1))
         case FaultInjection.RAISE:
@@ -78,4 +95,3 @@ def _carry_out(fault: Fault) -> NoReturn:
         case _:
             assert fault.kind is FaultInjection.SIGKILL, f"{fault.kind} is refused when read"
             os.kill(os.getpid(), signal.SIGKILL)
-            raise AssertionError("unreachable")

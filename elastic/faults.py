@@ -22,7 +22,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import yaml
 
-from elastic.config import ClusterConfig, ParallelConfig, yaml_problem
+from elastic.config import ClusterConfig, ParallelConfig, StoreConfig, yaml_problem
 
 Scalar: TypeAlias = str | int | float | bool | None
 """A JSON value without parts: what an argument of a fault may be."""
@@ -69,7 +69,14 @@ SUPPORTED_PHASES: Final = (
     FaultPhase.VOTE,
     FaultPhase.OPTIMIZER,
 )
-SUPPORTED_KINDS: Final = (FaultInjection.SIGKILL, FaultInjection.EXIT, FaultInjection.RAISE)
+SUPPORTED_KINDS: Final = (
+    FaultInjection.SIGKILL,
+    FaultInjection.SIGSTOP,
+    FaultInjection.EXIT,
+    FaultInjection.RAISE,
+    FaultInjection.SLOW,
+)
+COMPONENT_KINDS: Final = (FaultInjection.SIGKILL, FaultInjection.SIGSTOP)
 ENTRY_FIELDS: Final = (
     "at_step",
     "at_seconds",
@@ -97,6 +104,28 @@ class NodeTarget:
     node: int
 
 
+class Component(StrEnum):
+    """Processes of the runtime itself; they exist as such in a run with etcd."""
+
+    CONTROLLER = "controller"
+    AGENT = "agent"
+    STORE = "store"
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentTarget:
+    """The leading controller, the agent of `node`, or the store."""
+
+    component: Component
+    node: int | None = None
+
+    def __str__(self) -> str:
+        return self.component if self.node is None else f"{self.component} of node{self.node}"
+
+
+Target: TypeAlias = SlotTarget | NodeTarget | ComponentTarget
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One failure to inject.
@@ -118,7 +147,7 @@ class Fault:
     at_step: int | None
     at_seconds: float | None
     phase: FaultPhase | None
-    target: SlotTarget | NodeTarget
+    target: Target
     kind: FaultInjection
     heal_at_step: int | None
     args: tuple[tuple[str, Scalar], ...] = ()
@@ -155,7 +184,11 @@ def load_faults(path: Path) -> tuple[Fault, ...]:
 
 
 def check_faults(
-    faults: Iterable[Fault], parallel: ParallelConfig, cluster: ClusterConfig, steps: int
+    faults: Iterable[Fault],
+    parallel: ParallelConfig,
+    cluster: ClusterConfig,
+    steps: int,
+    store: StoreConfig,
 ) -> None:
     """Check that every fault can happen in a run of this shape and of this many steps.
 
@@ -168,14 +201,32 @@ def check_faults(
         for problem in (
             *_outside_shape(fault.target, parallel, cluster),
             *_outside_run(fault, steps),
+            *_without_process(fault.target, store),
         )
     ]
     if problems:
         raise FaultsError("\n".join(problems))
 
 
+def check_own_store(faults: Iterable[Fault], store: StoreConfig) -> None:
+    """Check that whoever starts the run may strike its store. Raises FaultsError."""
+    if store.endpoints and ComponentTarget(Component.STORE) in [fault.target for fault in faults]:
+        raise FaultsError(
+            f"target.component: the store at {', '.join(store.endpoints)} is not this run's own; "
+            "leave store.endpoints out, and a private one is started"
+        )
+
+
+def _without_process(target: Target, store: StoreConfig) -> Iterable[str]:
+    if isinstance(target, ComponentTarget) and store.kind != "etcd":
+        yield (
+            f"target.component: {target.component} is no process of its own in a run with the "
+            "memory store; set store.kind: etcd"
+        )
+
+
 def _outside_shape(
-    target: SlotTarget | NodeTarget, parallel: ParallelConfig, cluster: ClusterConfig
+    target: Target, parallel: ParallelConfig, cluster: ClusterConfig
 ) -> Iterable[str]:
     bounds: tuple[tuple[str, int, int], ...]
     match target:
@@ -187,6 +238,8 @@ def _outside_shape(
             )
         case NodeTarget():
             bounds = (("node", target.node, cluster.nodes),)
+        case ComponentTarget():
+            bounds = (("node", target.node or 0, cluster.nodes),)
     for name, value, size in bounds:
         if value >= size:
             yield f"target.{name}: {value} does not exist; the run has 0..{size - 1}"
@@ -214,6 +267,13 @@ def _fault(number: int, entry: object) -> Fault:
     if fields.get("kind") is None:
         raise FaultsError(f"kind: required; one of {_listed(SUPPORTED_KINDS)}")
     kind = _supported(FaultInjection, SUPPORTED_KINDS, "kind", fields["kind"])
+    target = _target(fields.get("target"))
+    if isinstance(target, ComponentTarget) and kind not in COMPONENT_KINDS:
+        raise FaultsError(
+            f"kind: {kind} cannot strike the {target}; allowed: {_listed(COMPONENT_KINDS)}"
+        )
+    if isinstance(target, ComponentTarget) and fields.get("phase") is not None:
+        raise FaultsError(f"phase: the {target} has no part in a step; leave it out")
     phase = (
         _supported(FaultPhase, SUPPORTED_PHASES, "phase", fields["phase"])
         if fields.get("phase") is not None
@@ -224,22 +284,19 @@ def _fault(number: int, entry: object) -> Fault:
         at_step=at_step,
         at_seconds=at_seconds,
         phase=phase,
-        target=_target(fields.get("target")),
+        target=target,
         kind=kind,
         heal_at_step=_whole(fields, "heal_at_step"),
         args=_arguments(fields.get("args")),
     )
 
 
-def _target(value: object) -> SlotTarget | NodeTarget:
-    allowed = "{replica, slot}, {replica, stage, slot} or {node}"
+def _target(value: object) -> Target:
+    allowed = "{replica, slot}, {replica, stage, slot}, {node} or {component}"
     if not isinstance(value, dict):
         raise FaultsError(f"target: {value!r} given; write {allowed}")
     if "component" in value:
-        raise FaultsError(
-            f"target.component: {value['component']!r} cannot be made to fail in this version;"
-            f" write {allowed}"
-        )
+        return _component(_mapping(value, "target", ("component", "node")))
     if "node" in value:
         fields = _mapping(value, "target", ("node",))
         return NodeTarget(_required(fields, "node"))
@@ -249,6 +306,17 @@ def _target(value: object) -> SlotTarget | NodeTarget:
         slot=_required(fields, "slot"),
         stage=_whole(fields, "stage", "target.") or 0,
     )
+
+
+def _component(fields: Mapping[str, Any]) -> ComponentTarget:
+    component = _supported(Component, tuple(Component), "target.component", fields["component"])
+    node = _whole(fields, "node", "target.")
+    if (component is Component.AGENT) != (node is not None):
+        raise FaultsError(
+            "target: an agent is named with its node, {component: agent, node: 1}; a controller "
+            "and the store without"
+        )
+    return ComponentTarget(component, node)
 
 
 def _required(fields: Mapping[str, Any], name: str) -> int:

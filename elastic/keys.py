@@ -7,6 +7,7 @@ import msgspec
 from elastic.messages import (
     Adopt,
     AgentRecord,
+    ComponentFault,
     Failed,
     Fence,
     NodeAlive,
@@ -97,6 +98,8 @@ def _path(message: StoreMessage) -> str:
             return f"{AGENTS}{message.node}"
         case Failed():
             return f"events/{message.failure.id}"
+        case ComponentFault():
+            return f"events/fault{message.fault}"
         case NodeAlive():
             return f"alive/{message.generation}/{message.node}"
         case NodeReport():

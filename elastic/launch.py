@@ -13,17 +13,17 @@ import contextlib
 import json
 import os
 import signal
-import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic.component_strikes import ComponentStrikes
 from elastic.config import StoreConfig
 from elastic.etcd_access import read_access
 from elastic.etcd_store import EtcdStore
 from elastic.journal import Listener
+from elastic.keeper import Keeper, Part
 from elastic.keys import key_of
 from elastic.local import STOP_SIGNALS, Ended
 from elastic.messages import Stop
@@ -35,28 +35,12 @@ from elastic.tail import RunTail
 
 PARENT = "EVERSTEP_PARENT"
 """Environment variable with the id of the process without which another one is not to live."""
-REFUSED = 2
-"""Exit code of a process that cannot take part; to start it again would not help."""
 LOOK_SECONDS = 0.1
-RESTART_SECONDS = 1.0
 END_SECONDS = 20.0
 """How long processes may take to end once the job is over."""
 
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A process of the run. `name` is also that of its log."""
-
-    name: str
-    command: tuple[str, ...]
-
-
 MakeParts = Callable[[tuple[str, ...]], list[Part]]
 """Given the endpoints of the store."""
-
-
-class PartRefused(RuntimeError):
-    """A process cannot take part; its log says why."""
 
 
 def run_parts(
@@ -83,7 +67,7 @@ async def _run(
 ) -> Ended:
     run.logs.mkdir(parents=True, exist_ok=True)
     tail = RunTail(run.run_dir, listener)
-    async with _store(config, run.logs / "etcd.log") as (store, endpoints):
+    async with _opened(config, run.logs / "etcd.log") as (store, endpoints, etcd):
         await clear_ended(store, run.job)
         over = asyncio.create_task(_until_over(store, run.job))
         wishes: set[asyncio.Task[None]] = set()
@@ -96,14 +80,15 @@ async def _run(
             name = signal.Signals(number).name
             loop.add_signal_handler(number, wish, f"the launcher received {name}")
         alone = {**os.environ, **environment, PARENT: str(os.getpid())}
-        parts = [
-            asyncio.create_task(_keep_up(part, run.logs, alone)) for part in make_parts(endpoints)
-        ]
-        showing = asyncio.create_task(_show(tail))
+        keepers = [Keeper(part, run.logs, alone) for part in make_parts(endpoints)]
+        by_name = {keeper.part.name: keeper for keeper in keepers}
+        strikes = ComponentStrikes(run.faults, run.job, store, by_name, etcd)
+        parts = [asyncio.create_task(keeper.run()) for keeper in keepers]
+        showing = asyncio.create_task(_look(tail, strikes))
         try:
-            await asyncio.wait([over, *parts], return_when=asyncio.FIRST_COMPLETED)
-            for part in parts:
-                if part.done() and (error := part.exception()) is not None:
+            await asyncio.wait([over, showing, *parts], return_when=asyncio.FIRST_COMPLETED)
+            for task in (showing, *parts):
+                if task.done() and (error := task.exception()) is not None:
                     traceback.print_exception(error)
                     wish(f"{type(error).__name__}: {error}", "failed")
             await asyncio.wait([over], timeout=END_SECONDS)
@@ -118,8 +103,10 @@ async def _run(
 
 
 @contextlib.asynccontextmanager
-async def _store(config: StoreConfig, log: Path) -> AsyncIterator[tuple[Store, tuple[str, ...]]]:
-    """A client of the store, and its endpoints: the configured ones, or those of a private etcd."""
+async def _opened(
+    config: StoreConfig, log: Path
+) -> AsyncIterator[tuple[Store, tuple[str, ...], PrivateEtcd | None]]:
+    """A client of the store, its endpoints, and the etcd behind them if it is private."""
     private = None if config.endpoints else PrivateEtcd(log)
     try:
         if private is not None:
@@ -127,7 +114,7 @@ async def _store(config: StoreConfig, log: Path) -> AsyncIterator[tuple[Store, t
             config = config.model_copy(update={"endpoints": (private.endpoint,)})
         store = await EtcdStore.connect(read_access(config), config.prefix)
         try:
-            yield store, config.endpoints
+            yield store, config.endpoints, private
         finally:
             await store.close()
     finally:
@@ -141,43 +128,10 @@ async def _until_over(store: Store, job: str) -> None:
             return
 
 
-async def _keep_up(part: Part, logs: Path, environment: Mapping[str, str]) -> None:
-    """Start `part`, and again whenever it fails; returns once it ended well.
-
-    Raises PartRefused if starting it again would not help.
-    """
-    log = logs / f"{part.name}.log"
-    while True:
-        with log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                *part.command,
-                env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        try:
-            status = await process.wait()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if status == REFUSED:
-            lines = log.read_text(errors="replace").strip().splitlines()
-            raise PartRefused(f"{part.name}: {lines[-1] if lines else 'no reason was given'}")
-        if status >= 0:
-            # Whatever it met, it has said and dealt with; only a killed process starts anew.
-            return
-        stamp = time.strftime("%H:%M:%S")
-        with log.open("a") as output_text:
-            output_text.write(f"{stamp} {part.name} was killed (status {status}); it starts anew\n")
-        await asyncio.sleep(RESTART_SECONDS)
-
-
-async def _show(tail: RunTail) -> None:
+async def _look(tail: RunTail, strikes: ComponentStrikes) -> None:
     while True:
         tail.tell()
+        await strikes.look(tail.committed)
         await asyncio.sleep(LOOK_SECONDS)
 
 

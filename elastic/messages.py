@@ -165,6 +165,19 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     fault_step: int | None = None
 
 
+class ComponentFault(msgspec.Struct, frozen=True, tag=True):
+    """Launcher: an injected fault strikes a part of the runtime. Key ``events/fault<number>``.
+
+    `node` is that of an agent; None for a controller and the store.
+    """
+
+    fault: int
+    component: str
+    node: int | None
+    step: int
+    at: float
+
+
 class NodeAlive(msgspec.Struct, frozen=True, tag=True):
     """Agent: it heard the announcement of `generation`. Key ``alive/<generation>/<node>``."""
 
@@ -221,6 +234,7 @@ StoreMessage = (
     | StopWish
     | AgentRecord
     | Failed
+    | ComponentFault
     | NodeAlive
     | NodeReport
     | NodeProgress

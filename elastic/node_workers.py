@@ -22,7 +22,7 @@ from typing import Protocol
 import msgspec
 
 from elastic.config import HealthConfig
-from elastic.faults import Fault
+from elastic.faults import Fault, FaultInjection
 from elastic.messages import AgentMessage, Beat, Failed, FaultFired, Ready, WorkerMessage
 from elastic.spawn import Child, Spawner
 from elastic.topology import DeviceId, Member
@@ -237,7 +237,8 @@ class NodeWorkers:
         elif isinstance(message, Beat):
             self._liveness.observe(message.heartbeat, time.monotonic())
         elif isinstance(message, FaultFired):
-            process.fired = message
+            if self._fault(message).kind is not FaultInjection.SLOW:
+                process.fired = message
             self._faults = [fault for fault in self._faults if fault.id != message.fault]
 
     def _ended(self, process: _Process) -> None:
@@ -253,8 +254,8 @@ class NodeWorkers:
         self._liveness.ended(device, process.member.incarnation)
         state = self._devices[device]
         state.process = None
-        fault = self._fault(process.fired)
-        heal = fault.heal_at_step if fault is not None else 0
+        fired = process.fired
+        heal = self._fault(fired).heal_at_step if fired is not None else 0
         self._supervisor.failed(self._failure(process, device_healthy=heal == 0))
         self._supervisor.changed()
         if not process.ready:
@@ -264,9 +265,7 @@ class NodeWorkers:
         elif heal is not None and heal > 0:
             state.heals_at = heal
 
-    def _fault(self, fired: FaultFired | None) -> Fault | None:
-        if fired is None:
-            return None
+    def _fault(self, fired: FaultFired) -> Fault:
         return next(fault for fault in self._spec.faults if fault.id == fired.fault)
 
     def _failure(self, process: _Process, *, device_healthy: bool) -> Failed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elastic.effects import Note, Phase
-from elastic.messages import Failed, FaultFired
+from elastic.messages import ComponentFault, Failed, FaultFired
 from elastic.plan import Plan
 from elastic.topology import Member
 from ntp.atoms import AtomSizes
@@ -50,6 +50,19 @@ def fault_note(fired: FaultFired) -> Note:
             "step": fired.step,
             "phase": fired.phase,
             "fired_at": fired.at,
+        },
+    )
+
+
+def component_fault_note(fault: ComponentFault) -> Note:
+    """An injected fault struck a part of the runtime."""
+    return Note(
+        "fault_injected",
+        {
+            "fault": fault.fault,
+            "component": fault.component,
+            "step": fault.step,
+            "fired_at": fault.at,
         },
     )
 

@@ -120,6 +120,11 @@ class PrivateEtcd:
         self._process.kill()
         self._process.wait()
 
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     async def stop(self) -> None:
         """End it (SIGTERM, and SIGKILL after STOP_SECONDS) and remove its data."""
         if self._process is not None:

@@ -49,6 +49,7 @@ from elastic.leadership import Leadership
 from elastic.messages import (
     Adopt,
     AgentRecord,
+    ComponentFault,
     Failed,
     NodeAlive,
     NodeProgress,
@@ -64,7 +65,7 @@ OUTAGE_SECONDS = 1.0
 POSITION_SECONDS = 1.0
 """How often the term notes up to where the run's files are written."""
 
-Reported = AgentRecord | Failed | NodeAlive | NodeReport | NodeProgress
+Reported = AgentRecord | Failed | ComponentFault | NodeAlive | NodeReport | NodeProgress
 
 
 class Term:

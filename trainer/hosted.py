@@ -60,7 +60,8 @@ def save(config: RunConfig, run_dir: Path) -> None:
 def start_parts(run: RunSpec, config: RunConfig, faults: Path | None, listener: Listener) -> Ended:
     """Run on this machine with etcd, each controller and agent a process of its own."""
     # gRPC takes longer to import than all that a run without etcd needs.
-    from elastic.launch import Part, run_parts
+    from elastic.keeper import Part
+    from elastic.launch import run_parts
 
     password = config.store.password
     environment = {PASSWORD: password.get_secret_value()} if password is not None else {}

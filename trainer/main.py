@@ -279,7 +279,7 @@ def _load(
     try:
         loaded = load(config, overrides)
         injected = load_faults(faults) if faults is not None else ()
-        check_faults(injected, loaded.parallel, loaded.cluster, loaded.train.steps)
+        check_faults(injected, loaded.parallel, loaded.cluster, loaded.train.steps, loaded.store)
     except (ConfigError, FaultsError) as error:
         _refuse(str(error))
     return loaded, injected
@@ -290,6 +290,7 @@ def _launch(
 ) -> Ended:
     from rich.console import Console
 
+    from elastic.faults import check_own_store
     from elastic.live import view
     from elastic.local import run_local
     from elastic.run_dir import claim
@@ -298,6 +299,7 @@ def _launch(
     try:
         # The data are read here once, so that missing ones are refused before any process starts.
         run = run_spec(config, faults, run_dir)
+        check_own_store(run.faults, config.store)
         claim(run_dir, replace=replace)
     except (ValueError, OSError) as error:
         _refuse(str(error))

@@ -28,6 +28,7 @@ from elastic.effects import (
 )
 from elastic.messages import (
     AgentRecord,
+    ComponentFault,
     ConnectionLost,
     Failed,
     Fence,
@@ -48,6 +49,7 @@ REWRITE = os.environ.get("EVERSTEP_REWRITE") == "1"
 EVENTS: dict[type[Event], Callable[[Stage], Event]] = {
     AgentRecord: lambda stage: AgentRecord(0, 1, (), (), "node0:7"),
     Failed: lambda stage: Failed(failure_of(stage.member(7, 7), at=stage.now), None, None, None),
+    ComponentFault: lambda stage: ComponentFault(1, "agent", 7, 3, stage.now),
     NodeAlive: lambda stage: NodeAlive(stage.controller.generation, 0),
     NodeLost: lambda stage: NodeLost(7, "its agent's lease ended"),
     Outage: lambda stage: Outage(3.0),

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.config import ClusterConfig, ParallelConfig
+from elastic.config import ClusterConfig, ParallelConfig, StoreConfig
 from elastic.faults import (
     SUPPORTED_KINDS,
     SUPPORTED_PHASES,
@@ -61,7 +61,7 @@ def test_the_demo_file_reads_and_fits_its_configuration() -> None:
         ParallelConfig(tensor=4, replicas=2),
         ClusterConfig(nodes=2, devices_per_node=4),
     )
-    check_faults(faults, parallel, cluster, 60)
+    check_faults(faults, parallel, cluster, 60, StoreConfig())
 
 
 def test_every_field_is_read(read: Reader) -> None:
@@ -117,8 +117,8 @@ def without(name: str) -> dict[str, Any]:
         (without("at_step") | {"at_seconds": -0.5}, "at_seconds: -0.5 given"),
         (without("at_step") | {"at_seconds": float("nan")}, "at_seconds: nan given"),
         (GOOD | {"heal_at_step": "soon"}, "heal_at_step: 'soon' given"),
-        (without("kind"), "kind: required; one of sigkill, exit, raise"),
-        (GOOD | {"kind": "sigterm"}, "kind: 'sigterm' given; allowed: sigkill, exit, raise"),
+        (without("kind"), "kind: required; one of sigkill, sigstop, exit"),
+        (GOOD | {"kind": "sigterm"}, "kind: 'sigterm' given; allowed: sigkill, sigstop, exit"),
         (GOOD | {"phase": "lunch"}, "phase: 'lunch' given; allowed: forward, backward, "),
         (GOOD | {"fase": "vote"}, "fase: no such field of the entry; did you mean phase?"),
         (without("target"), "target: None given; write {replica, slot}"),
@@ -127,7 +127,20 @@ def without(name: str) -> dict[str, Any]:
         (GOOD | {"target": {"replica": 1, "slot": "x"}}, "target.slot: 'x' given"),
         (GOOD | {"target": {"replica": 1, "slott": 1}}, "slott: no such field of the target"),
         (GOOD | {"target": {"node": 1, "slot": 1}}, "slot: no such field of the target"),
-        (GOOD | {"target": {"component": "store"}}, "target.component: 'store' cannot be made"),
+        (GOOD | {"target": {"component": "disk"}}, "target.component: 'disk' given"),
+        (GOOD | {"target": {"component": "agent"}}, "target: an agent is named with its node"),
+        (
+            GOOD | {"target": {"component": "store", "node": 1}},
+            "target: an agent is named with its node",
+        ),
+        (
+            GOOD | {"target": {"component": "store"}, "phase": "vote"},
+            "phase: the store has no part in a step",
+        ),
+        (
+            GOOD | {"target": {"component": "controller"}, "kind": "raise"},
+            "kind: raise cannot strike the controller",
+        ),
         (GOOD | {"args": {"x": [1]}}, "args.x: [1] given"),
         (GOOD | {"args": {"x": float("inf")}}, "args.x: inf given"),
         (GOOD | {"args": [1]}, "args: [1] given"),
@@ -160,7 +173,7 @@ def test_phases_that_would_not_happen_are_refused(read: Reader, phase: str) -> N
 
 def test_every_wrong_entry_is_reported_at_once(read: Reader) -> None:
     with pytest.raises(FaultsError) as caught:
-        read([GOOD | {"kind": "slow"}, GOOD, GOOD | {"phase": "rebuild"}])
+        read([GOOD | {"kind": "spike"}, GOOD, GOOD | {"phase": "rebuild"}])
     assert [line[:7] for line in str(caught.value).splitlines()[1:]] == ["fault 1", "fault 3"]
 
 
@@ -192,6 +205,6 @@ def test_faults_outside_the_run_are_refused(wrong: Fault, message: str) -> None:
         fault(at_step=None, at_seconds=1e9, heal_at_step=2),
     )
     parallel = ParallelConfig(tensor=4, replicas=2)
-    check_faults(inside, parallel, cluster, 10)
+    check_faults(inside, parallel, cluster, 10, StoreConfig())
     with pytest.raises(FaultsError, match=f"^fault 1: {message}"):
-        check_faults((*inside, wrong), parallel, cluster, 10)
+        check_faults((*inside, wrong), parallel, cluster, 10, StoreConfig())
