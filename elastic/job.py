@@ -1,0 +1,229 @@
+"""What a controller knows of its job, and how the job goes from one generation to the next.
+
+Pure. These are the transitions of the machine that `elastic.controller` describes; each returns its
+effects, in the order in which they must be performed. Which event leads to which of them is the
+controller's table.
+"""
+
+from __future__ import annotations
+
+from elastic.adoption import Adoption
+from elastic.effects import Effect, Finish, Limits, Note, Phase, Send
+from elastic.membership import Membership
+from elastic.messages import Adopt, Failed, PhaseDone, Quiesce, RecoveryPhase, Stop
+from elastic.notes import failure_note, plan_note
+from elastic.pace import PaceLog
+from elastic.plan import NoPlan, Plan
+from elastic.planner import JobShape, Situation, complete_slots, home_devices, plan_generation
+from elastic.quiescence import Quiescence
+from elastic.recorded import Recorded
+from elastic.topology import DeviceId, Member
+
+
+class Job:
+    """The job. `plans` are those of all generations, `committed` the last step of each worker."""
+
+    def __init__(
+        self,
+        shape: JobShape,
+        devices: tuple[DeviceId, ...],
+        limits: Limits,
+        now: float,
+        recorded: Recorded,
+    ) -> None:
+        self.shape = shape
+        self.limits = limits
+        self.phase = Phase.QUIESCING
+        self.generation = max(1, recorded.generation)
+        self.plans: dict[int, Plan] = dict(recorded.plans)
+        self.committed = dict(recorded.committed)
+        self.members = Membership(home_devices(shape, devices))
+        self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
+        self.adoption = Adoption(self.generation, ())
+        self.pace = PaceLog(self.plans)
+        self._fruitless = 0
+        self._progress_at_announcement = -1
+
+    @property
+    def plan(self) -> Plan | None:
+        """The newest plan."""
+        return self.plans[max(self.plans)] if self.plans else None
+
+    def placed(self) -> set[Member]:
+        """The workers that the newest plan places."""
+        plan = self.plan
+        return {assignment.member for assignment in plan.placement} if plan else set()
+
+    def involved(self) -> set[Member]:
+        """Who must live for the newest plan: until it runs, its donors too."""
+        plan = self.plan
+        if plan is None or self.phase is Phase.RUNNING:
+            return self.placed()
+        return {assignment.member for assignment in plan.participants}
+
+    @property
+    def adopting(self) -> bool:
+        """Whether the newest plan is out, and not overtaken."""
+        return self.phase in (
+            Phase.REBUILDING,
+            Phase.RESHARDING,
+            Phase.RESUMING,
+            Phase.RUNNING,
+        )
+
+    def suspect(self, member: Member, now: float) -> None:
+        """`member` lost a connection in this generation."""
+        self.adoption.suspect(member, now + self.limits.corroboration_seconds)
+
+    def ask_agents(self, now: float) -> None:
+        """The agents of all that are awaited were asked whether they live."""
+        nodes = {member.device.node for member in self.quiescence.awaited}
+        self.quiescence.expect_agents(nodes, now + self.limits.agent_timeout_seconds)
+
+    def announce(
+        self, cause: str, urgent: bool, now: float, *, ask_agents: bool = False
+    ) -> list[Effect]:
+        """Begin the next generation: everybody placed and alive is to stop.
+
+        `ask_agents`: nobody knows who is gone, so the agents are to say that they live.
+        """
+        self.generation += 1
+        if self.generation - 1 > self.limits.max_recoveries:
+            return self.halt(
+                f"{cause}, after {self.limits.max_recoveries} recoveries; "
+                "raise health.max_recoveries to go on"
+            )
+        progress = max(self.committed.values(), default=-1)
+        stuck = urgent and progress == self._progress_at_announcement
+        self._fruitless = self._fruitless + 1 if stuck else 0
+        self._progress_at_announcement = progress
+        if self._fruitless > self.limits.max_fruitless_recoveries:
+            return self.halt(
+                f"{cause}, after {self.limits.max_fruitless_recoveries} recoveries in a row "
+                "without a committed step; the journal and the workers' logs say what fails again"
+            )
+        alive = self.members.alive()
+        involved = self.involved()
+        self.phase = Phase.QUIESCING
+        limits = self.limits
+        patience = limits.quiesce_timeout_seconds if urgent else limits.pause_timeout_seconds
+        self.quiescence = Quiescence(involved & alive, now + patience)
+        if ask_agents:
+            self.ask_agents(now)
+        reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
+        lost = tuple(sorted(involved - alive))
+        quiesce = Quiesce(self.generation, urgent, lost, reason, ask_agents)
+        fields = {
+            "generation": self.generation,
+            "urgent": urgent,
+            "lost": [str(member) for member in quiesce.lost],
+            "awaited": len(self.quiescence.awaited),
+            "reason": reason,
+        }
+        return [Send(quiesce), Note("quiesce", fields), *self.plan_if_quiet()]
+
+    def plan_if_quiet(self) -> list[Effect]:
+        """Plan the generation that was announced, once nobody is awaited any more."""
+        incomplete = self.quiescence.awaited if self.plans else self.members.missing()
+        if incomplete:
+            return []
+        answers = self.quiescence.answers
+        situation = Situation(
+            generation=self.generation,
+            workers=self.members.workers(),
+            answers=answers,
+            history=self.plans,
+            rendezvous=self.members.rendezvous,
+            paces=self.pace.paces,
+        )
+        plan = plan_generation(self.shape, situation)
+        if isinstance(plan, NoPlan):
+            return self.halt(plan.reason)
+        alive = self.members.alive()
+        committed = max((self.committed[m] for m in alive & set(self.committed)), default=-1)
+        self.plans[self.generation] = plan
+        self.phase = Phase.REBUILDING
+        self.adoption = Adoption(self.generation, self.involved())
+        placed = self.placed()
+        self.committed = {
+            member: answer.standing.committed
+            for member, answer in answers.items()
+            if answer.standing is not None and member in placed
+        }
+        effects: list[Effect] = [Send(Adopt(plan))]
+        if answers:
+            stopped_at = max(answer.at for answer in answers.values())
+            quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
+            effects.append(Note("phase_done", quiesced))
+        lost_steps = max(0, committed + 1 - plan.resume_step)
+        return [*effects, plan_note(plan, self.shape.sizes, lost_steps)]
+
+    def phase_done(self, note: PhaseDone) -> list[Effect]:
+        """A worker finished a part of the change to this generation."""
+        if note.phase is RecoveryPhase.RESUME and self.plan and note.member in self.placed():
+            before = self.committed.get(note.member, -1)
+            self.committed[note.member] = max(before, self.plan.resume_step - 1)
+        done_at = self.adoption.take(note)
+        if done_at is None:
+            return []
+        self.phase = self.adoption.phase
+        fields = {"generation": note.generation, "phase": note.phase, "done_at": done_at}
+        effects: list[Effect] = [Note("phase_done", fields)]
+        if self.phase is Phase.RUNNING:
+            effects.append(Note("running", {"generation": note.generation}))
+        return effects
+
+    def grow_if_possible(self, now: float) -> list[Effect]:
+        """Announce the next generation if workers are ready that could fill a vacant slot."""
+        workers = self.members.workers()
+        active = set(self.plan.layout.slots()) if self.plan else set()
+        returned = set(complete_slots(self.shape, workers)) - active
+        if not returned or self.step_in_flight() >= self.shape.steps - 1:
+            return []
+        placed = self.placed()
+        newcomers = [
+            member
+            for coordinate, member in workers.items()
+            if coordinate.slot_ref in returned and member not in placed
+        ]
+        names = ", ".join(str(member.device) for member in newcomers)
+        return self.announce(f"{names} is ready again", False, now)
+
+    def complete_if_done(self) -> list[Effect]:
+        """End the job if everybody committed the last step."""
+        placed = self.placed()
+        last = self.shape.steps - 1
+        if not placed or any(self.committed.get(member, -1) < last for member in placed):
+            return []
+        self.phase = Phase.COMPLETED
+        reason = f"all {self.shape.steps} steps are committed"
+        return end("completed", reason)
+
+    def halt(self, reason: str) -> list[Effect]:
+        """Nothing can be done."""
+        self.phase = Phase.HALTED
+        return [Note("halt", {"reason": reason}), *end("halted", reason)]
+
+    def step_in_flight(self) -> int:
+        """The step after the last one known to be committed."""
+        return max(self.committed.values(), default=-1) + 1
+
+    def failure_note(self, failed: Failed) -> Note:
+        """The failure as the journal is to have it."""
+        return failure_note(
+            failed,
+            phase=self.phase,
+            step_in_flight=self.step_in_flight(),
+            placed=member_of(failed) in self.involved() or not self.plans,
+            generation=max(self.plans, default=0),
+        )
+
+
+def end(outcome: str, reason: str) -> list[Effect]:
+    """The job is over."""
+    return [Send(Stop(reason, outcome)), Finish(outcome, reason)]
+
+
+def member_of(failed: Failed) -> Member:
+    """The worker that failed."""
+    return Member(failed.failure.device, failed.failure.incarnation)
