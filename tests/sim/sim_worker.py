@@ -1,22 +1,22 @@
 """A simulated worker process: `elastic.worker` and `trainer.loop`, statement by statement.
 
-One rule is `may_keep`'s own, which see.
-
 The training thread is a generator that yields what it blocks on. `hear` is the link's thread: it
-runs whenever a message arrives, also while the training thread is blocked. What is trained is a
-number per atom, and a step mixes its own number and its tokens into each: a step that is lost,
-applied twice or applied to the wrong atom shows in the value. Decisions, plans, sessions and
-standings are the product's own.
+runs whenever a message arrives, also while the training thread is blocked. Decisions, plans,
+sessions and standings are the product's own.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from links import Broken, Comm, Wait
+import pieces
+from links import Broken, Comm
+from mates import GroupKey, keepable, replica_groups
+from pieces import Values, mix
+from sim_process import Wait
 
 from elastic.messages import (
     Adopt,
@@ -33,19 +33,16 @@ from elastic.messages import (
 )
 from elastic.plan import Plan, StateSource
 from elastic.session import Session, StepPoint, standing
-from elastic.topology import Assignment, Coordinate, Member
-from ntp.atoms import Axis
+from elastic.topology import Coordinate, Member
 from ntp.geometry import SlotRef
 from ntp.groups import GroupAxis
-from ntp.reshard_plan import kept_ranges
 
 if TYPE_CHECKING:
     from world import World
 
-REPLICATED = (None, 0)
-Piece = tuple[Axis | None, int]
-Values = dict[Piece, int]
-GroupKey = tuple[GroupAxis, tuple[int, ...]]
+BUILD_SECONDS = 3.0
+"""How long a worker waits for the others of a group."""
+
 Thread = Generator[Wait, Any, None]
 
 
@@ -53,30 +50,18 @@ class StepAborted(RuntimeError):
     """The step in flight was given up because a new generation was announced."""
 
 
-def mix(value: int, step: int, tokens: float) -> int:
-    """The value of an atom after `step`."""
-    return (value * 6364136223846793005 + (step + 1) * 1442695040888963407 + int(tokens)) % 2**64
-
-
-def pieces_owned(plan: Plan, slot: SlotRef) -> list[Piece]:
-    """Every piece that `slot` is to hold in the plan's layout, in each stage."""
-    shards = plan.layout.replica(slot.replica).shards
-    owned: list[Piece] = [REPLICATED]
-    for axis in Axis:
-        for atoms in shards.owned(axis, slot.slot):
-            owned += [(axis, atom) for atom in range(atoms.start, atoms.stop)]
-    return owned
-
-
 class SimWorker:
-    """One process. The world kills it by `dead`, stops it by `hung`."""
+    """One process. `line` is called when it has written to its agent, into `pipe`."""
 
-    def __init__(self, world: World, member: Member) -> None:
+    def __init__(self, world: World, member: Member, line: Callable[[SimWorker], None]) -> None:
         self.member = member
         self.world = world
+        self.clock = world.clock
+        self.oracle = world.oracle
         self.token = 0
         self.dead = False
         self.hung = False
+        self.excused_until = 0.0
         self.session = Session()
         self.plan: Plan | None = None
         self.values: Values = {}
@@ -92,6 +77,9 @@ class SimWorker:
         self._inbox: deque[AgentMessage] = deque()
         self._receiving: int | None = None
         self._in_model = False
+        self._line = line
+        self._building: Comm | None = None
+        self._held: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._thread = self._life()
 
     # The scheduler's side.
@@ -102,7 +90,10 @@ class SimWorker:
 
     def advance(self, token: int, value: Any = None, error: Exception | None = None) -> None:
         """End the wait named `token`."""
-        if self.dead or self.hung or token != self.token:
+        if self.hung:
+            self._held.append((self.advance, (token, value, error)))
+            return
+        if self.dead or token != self.token:
             return
         self.token += 1
         try:
@@ -115,16 +106,28 @@ class SimWorker:
 
     def hear(self, message: AgentMessage) -> None:
         """The link's thread: end what cannot complete any more, then queue the message."""
-        if self.dead or self.hung:
+        if self.hung:
+            self._held.append((self.hear, (message,)))
+            return
+        if self.dead:
             return
         if isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
-                self._sever(self._keepable(message.lost))
+                self._sever(keepable(self.plan, self.member, message.lost))
+                if self._building is not None:
+                    self._building.sever(self.member)
         self._inbox.append(message)
         if self._receiving is not None:
             token, self._receiving = self._receiving, None
-            self.world.after(0.0, self.advance, token)
+            self.clock.after(0.0, self.advance, token)
+
+    def wake(self) -> None:
+        """It hung, and goes on."""
+        self.hung = False
+        while self._held and not self.hung:
+            action, arguments = self._held.popleft()
+            action(*arguments)
 
     # The training thread.
 
@@ -159,11 +162,13 @@ class SimWorker:
             self._check()
             yield from self._synchronize()
             self.session = self.session.prepare()
+            self.oracle.prepared(self)
             self.world.reached(self, "prepared")
-            vote = yield from self._vote()
+            vote = yield from self.vote()
             self.session = self.session.hold_vote(vote)
             self.world.reached(self, "voted")
             yield self._sleep(0.1)
+            self.oracle.votes(self)
             self._commit(vote)
             self.world.reached(self, "committed")
             paused = vote[1] > 0
@@ -177,7 +182,8 @@ class SimWorker:
             # The exchange with the replicas where a slot is vacant.
             yield self._stage_group.join(None)
 
-    def _vote(self) -> Generator[Wait, Any, tuple[float, ...]]:
+    def vote(self) -> Generator[Wait, Any, tuple[float, ...]]:
+        """`trainer.loop`'s all-reduce over all ranks."""
         assert self.plan is not None
         layout = self.plan.layout
         position = [r.replica for r in layout.replicas].index(self.place.replica)
@@ -211,10 +217,14 @@ class SimWorker:
 
     def may_adopt(self, plan: Plan, announced: int) -> bool:
         """The guard of `Worker.await_plan`."""
-        return plan.generation >= announced and self._takes_part(plan)
+        return (
+            plan.generation > self.generation
+            and plan.generation >= announced
+            and self._takes_part(plan)
+        )
 
     def _adopt(self, plan: Plan) -> Thread:
-        self.world.check(
+        self.clock.check(
             plan.generation >= self.answered,
             f"{self.member} acts on plan {plan.generation}, overtaken by {self.answered}",
         )
@@ -226,8 +236,8 @@ class SimWorker:
         self.place = plan.participants[rank].coordinate
         yield from self._build(plan, rank)
         self._check()
-        digests = yield self._meeting.join(plan.digest)
-        self.world.check(len(set(digests.values())) == 1, "the ranks hold different plans")
+        digests = yield self._meeting.join(self.world.digest(plan))
+        self.clock.check(len(set(digests.values())) == 1, "the ranks hold different plans")
         self._done(RecoveryPhase.REBUILD)
         yield from self._reshard(plan)
         if not donates:
@@ -241,64 +251,58 @@ class SimWorker:
             return
         self._promote()
         self.layout_generation, self.pending_generation = plan.generation, 0
-        self.world.check_values(self, plan)
+        self.oracle.switched(self, plan)
         self._done(RecoveryPhase.RESUME)
 
     def _build(self, plan: Plan, rank: int) -> Thread:
-        kept = self._replica_groups() if self.place.replica in plan.kept_replicas else {}
+        kept = (
+            replica_groups(self.plan, self.member)
+            if self.place.replica in plan.kept_replicas
+            else {}
+        )
         for key in [key for key in self.comms if key not in kept]:
             self.comms.pop(key).sever(self.member)
-        for spec in plan.groups_of(rank):
+        for spec in self.world.groups_of(plan, rank):
             key = (spec.axis, spec.index)
             names = tuple(plan.participants[r].member for r in spec.ranks)
             if key in kept:
                 live = self.comms.get(key)
                 if live is None or not live.intact(self.member, names):
-                    self.world.kept_group_gone(self, key)
+                    self.clock.tell("%s finds its kept group %s severed", self.member, key)
                     raise Broken(f"{key} was to be kept, but was severed meanwhile")
                 continue
-            comm = self.world.communicator(plan.generation, key, names)
-            self.comms[key] = yield comm.build(self.world.build_timeout)
+            self._building = self.world.communicator(plan, key, names)
+            try:
+                self.comms[key] = yield self._building.build(BUILD_SECONDS)
+            finally:
+                self._building = None
 
     def _reshard(self, plan: Plan) -> Thread:
-        moves = plan.reshard[self.place.stage].moves
-        incoming = [move for move in moves if move.target == self.slot]
+        stage, slot = self.place.stage, self.slot
         placed = {
             a.coordinate.slot_ref: a.member
             for a in plan.participants
-            if a.coordinate.stage == self.place.stage
+            if a.coordinate.stage == stage
         }
-        after: Values = {}
-        sent: dict[tuple[SlotRef, Piece], int] = {}
-        for move in moves:
-            if move.source != self.slot:
-                continue
-            atoms = range(move.atoms.start, move.atoms.stop) if move.atoms else range(1)
-            for atom in atoms:
-                piece = (move.axis, atom)
-                self.world.check(
-                    piece in self.values, f"{self.member} is to send {piece}, lacks it"
-                )
-                sent[(move.target, piece)] = self.values[piece]
-        sources = frozenset(placed[move.source] for move in incoming)
-        received = yield self._meeting.exchange(sent, sources)
-        if self.slot not in plan.layout.slots():
+        moves = plan.reshard[stage].moves
+        sources = frozenset(placed[move.source] for move in moves if move.target == slot)
+        try:
+            letters = pieces.sent(plan, stage, slot, self.values)
+        except KeyError as piece:
+            raise self.clock.violation(f"{self.member} is to send {piece}, lacks it") from piece
+        posted = yield self._meeting.exchange(letters, sources)
+        if slot not in plan.layout.slots():
             return
+        after: Values = {}
         if plan.state_source is StateSource.INITIALIZE:
-            after = {
-                p: self.world.initial(p, self.place.stage) for p in pieces_owned(plan, self.slot)
-            }
+            after = {p: pieces.initial(p, stage) for p in pieces.owned(plan, slot)}
         elif self.values:
-            assert plan.source_layout is not None
-            after[REPLICATED] = self.values[REPLICATED]
-            for axis, atoms in kept_ranges(plan.source_layout, plan.layout, self.slot):
-                for atom in range(atoms.start, atoms.stop):
-                    after[(axis, atom)] = self.values[(axis, atom)]
+            after = pieces.kept(plan, slot, self.values)
         for source in sources:
-            for (target, piece), value in received[source].items():
-                if target == self.slot:
-                    self.world.check(piece not in after, f"{self.slot} gets {piece} twice")
-                    after[piece] = value
+            gained = pieces.received(posted[source], slot)
+            twice = sorted(map(str, gained.keys() & after.keys()))
+            self.clock.check(not twice, f"{slot} gets {twice} twice")
+            after |= gained
         self.pending = after
 
     # What the training thread does between waits.
@@ -324,33 +328,33 @@ class SimWorker:
         if not has_state:
             self.values = {}
         if has_state and self.session.committed < plan.resume_step - 1:
-            self.world.check(
+            self.clock.check(
                 plan.apply_vote is not None, f"{self.member} lacks a step the plan skips"
             )
             assert plan.apply_vote is not None
             if self.session.point is StepPoint.PREPARED:
                 self.session = self.session.hold_vote(plan.apply_vote)
-            self.world.check(
+            self.clock.check(
                 self.session.point is StepPoint.VOTED,
                 f"{self.member} is to apply step {self.session.step}, but is {self.session.point}",
             )
             self._commit(plan.apply_vote)
         self.session = self.session.drop()
-        self.world.check(
+        self.clock.check(
             not has_state or self.session.committed == plan.resume_step - 1,
             f"{self.member} committed {self.session.committed}, to resume at {plan.resume_step}",
         )
 
     def _commit(self, vote: tuple[float, ...]) -> None:
         step = self.session.step
-        self.world.check(
+        self.clock.check(
             vote[0] == self.world.shape.global_batch_size, f"step {step} had {vote[0]} samples"
         )
         for piece, value in self.values.items():
             self.values[piece] = mix(value, step, vote[0])
         self.session = self.session.commit()
-        self.world.check_committed(self)
-        now = self.world.now
+        self.oracle.committed(self)
+        now = self.clock.now
         generation, replica = self._step_started
         self._send(
             StepDone(
@@ -381,15 +385,15 @@ class SimWorker:
             held = standing(
                 self.slot, self.session, self.layout_generation, self.pending_generation
             )
-        groups = self._replica_groups()
+        groups = replica_groups(self.plan, self.member)
         intact = bool(groups) and all(
             (live := self.comms.get(key)) is not None and live.intact(self.member, names)
             for key, names in groups.items()
         )
-        self._send(Quiesced(quiesce.generation, self.member, held, intact, self.world.now))
+        self._send(Quiesced(quiesce.generation, self.member, held, intact, self.clock.now))
 
     def _interrupted(self, error: Exception) -> None:
-        self._sever(self._keepable() if self.may_keep() else frozenset())
+        self._sever(keepable(self.plan, self.member) if self.may_keep() else frozenset())
         if self._quiesce is None or self._quiesce.generation <= self.generation:
             self._send(ConnectionLost(self.generation, self.member, str(error)))
 
@@ -435,29 +439,6 @@ class SimWorker:
     def _takes_part(self, plan: Plan) -> bool:
         return any(assignment.member == self.member for assignment in plan.participants)
 
-    def _replica_mates(self) -> list[Assignment]:
-        if self.plan is None:
-            return []
-        mine = {a.coordinate.replica for a in self.plan.placement if a.member == self.member}
-        return [a for a in self.plan.placement if a.coordinate.replica in mine]
-
-    def _replica_groups(self) -> dict[GroupKey, tuple[Member, ...]]:
-        mates = self._replica_mates()
-        place = next((a.coordinate for a in mates if a.member == self.member), None)
-        if place is None:
-            return {}
-        tensor = tuple(a.member for a in mates if a.coordinate.stage == place.stage)
-        pipeline = tuple(a.member for a in mates if a.coordinate.slot == place.slot)
-        groups = {(GroupAxis.TENSOR, (place.replica, place.stage)): tensor}
-        if len(pipeline) > 1:
-            groups[GroupAxis.PIPELINE, (place.replica, place.slot)] = pipeline
-        return groups
-
-    def _keepable(self, lost: tuple[Member, ...] = ()) -> frozenset[GroupKey]:
-        if any(a.member in lost for a in self._replica_mates()):
-            return frozenset()
-        return frozenset(self._replica_groups())
-
     def _sever(self, keep: frozenset[GroupKey]) -> None:
         for key, comm in self.comms.items():
             if key not in keep:
@@ -465,14 +446,14 @@ class SimWorker:
 
     def _send(self, message: WorkerMessage) -> None:
         self.pipe.append(message)
-        self.world.wrote(self)
+        self._line(self)
 
     def _done(self, phase: RecoveryPhase) -> None:
-        self._send(PhaseDone(self.generation, self.member, phase, self.world.now))
+        self._send(PhaseDone(self.generation, self.member, phase, self.clock.now))
 
     def _receive(self, waiter: SimWorker) -> None:
         self._receiving = self.token
 
     def _sleep(self, mean: float) -> Wait:
-        delay = mean * (0.5 + self.world.rng.random())
-        return lambda waiter: self.world.after(delay, self.advance, self.token)
+        delay = mean * (0.5 + self.clock.rng.random())
+        return lambda waiter: self.clock.after(delay, self.advance, self.token)

@@ -3,29 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from random import Random
 
 from elastic.effects import Phase
+
+
+class Kind(StrEnum):
+    """Kinds of bad luck."""
+
+    KILL = "kill workers"
+    HANG = "stop a worker"
+    FALSE_ALARM = "fence a worker that works"
+    FLAP = "kill the workers of one device again and again"
+    CUT = "break a worker's connections"
+    PARTITION = "cut nodes off from nodes"
+    AGENT_KILL = "kill an agent"
+    AGENT_STOP = "stop an agent"
+    AGENT_CUT = "cut an agent off from the store"
+    NODE_CUT = "cut a node off from all others and the store"
+    LEADER_KILL = "kill the leader"
+    LEADER_STOP = "stop the leader"
+    LEADER_CUT = "cut the leader off from the store"
+    OUTAGE = "silence the store"
+
+
+_WORKERS = (Kind.KILL,) * 10 + (Kind.HANG,) * 3 + (Kind.FALSE_ALARM, Kind.CUT, Kind.CUT, Kind.FLAP)
+_LEADER = (Kind.LEADER_KILL,) * 4 + (Kind.LEADER_STOP,) * 2 + (Kind.LEADER_CUT,)
+_REST = (
+    Kind.PARTITION,
+    Kind.AGENT_KILL,
+    Kind.AGENT_KILL,
+    Kind.AGENT_STOP,
+    Kind.AGENT_CUT,
+    Kind.AGENT_CUT,
+    Kind.NODE_CUT,
+    Kind.OUTAGE,
+)
 
 
 @dataclass(slots=True)
 class Strike:
     """Something bad that happens once, when its trigger comes.
 
-    `trigger`: "time" (at `at` seconds), the name of a phase that the controller enters (for the
-    `at`-th time), or a point of a step (in step `at`). `kind`: kill, hang or cut.
+    `trigger`: "time" (at `at` seconds), the name of a phase that a controller enters (for the
+    `at`-th time), a point of a step (in step `at`), or a kind of key that is written (for the
+    `at`-th time). `seconds` is how long it lasts, where it passes.
     """
 
     trigger: str
     at: int
-    kind: str
+    kind: Kind
     victims: int
     delay: float
+    seconds: float
     done: bool = False
 
 
-def new_strike(rng: Random, steps: int) -> Strike:
-    """A random strike on a job of so many steps."""
+def new_strikes(rng: Random, steps: int) -> list[Strike]:
+    """Random strikes on a job of so many steps."""
+    # Many stories are about workers and leaders alone: there nothing excuses a slow recovery.
+    kinds = _WORKERS + _LEADER + (_REST if rng.random() < 0.6 else ())
+    strikes = [_new_strike(rng, steps, rng.choice(kinds)) for _ in range(rng.randint(1, 5))]
+    if rng.random() < 0.3:
+        # The leader is lost in the middle of what it does about a failure.
+        trigger = rng.choice(("commands", "plan", "events", "reports", Phase.QUIESCING))
+        delay = 0.1 * rng.random()
+        kind = rng.choice((Kind.LEADER_KILL, Kind.LEADER_STOP, Kind.LEADER_CUT))
+        strikes.append(Strike(trigger, rng.randint(1, 3), kind, 1, delay, 8.0 * rng.random()))
+    return strikes
+
+
+def _new_strike(rng: Random, steps: int, kind: Kind) -> Strike:
     trigger = rng.choice(
         (
             "time",
@@ -50,7 +99,8 @@ def new_strike(rng: Random, steps: int) -> Strike:
     return Strike(
         trigger=trigger,
         at=at,
-        kind=rng.choice(("kill", "kill", "kill", "kill", "hang", "cut")),
+        kind=kind,
         victims=rng.choice((1, 1, 1, 2, 3)),
         delay=rng.choice((0.0, 0.05, 0.3, 1.0)) * rng.random(),
+        seconds=0.5 + 15.0 * rng.random() ** 2,
     )

@@ -1,0 +1,274 @@
+"""The invariants of a run, held against every event: DESIGN.md sections 1, 5 and 6.
+
+The oracle sees everything at once, which nobody in the run does: what is in the store and since
+when, what each worker holds, and what its values should be.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pieces
+from clock import Clock
+from pieces import REPLICATED, Piece, Values, mix
+from sim_process import Process
+from sim_store import Told
+from sim_worker import SimWorker
+
+from elastic.effects import Finish
+from elastic.keys import leader_key
+from elastic.messages import (
+    Adopt,
+    AgentRecord,
+    Failed,
+    Fence,
+    NodeReport,
+    Quiesce,
+    Stop,
+)
+from elastic.plan import Plan
+from elastic.planner import JobShape
+from elastic.session import StepPoint
+from elastic.topology import Member
+from ntp.atoms import Axis
+
+JOB = "job"
+EXCUSE_SECONDS = 12.0
+"""So long after a disturbance a worker that works may still be taken for one that hangs."""
+
+
+class Oracle:
+    """Knows all. `calm_at` is when the last disturbance of store, network or agents ends."""
+
+    def __init__(self, clock: Clock, shape: JobShape) -> None:
+        self.calm_at = 0.0
+        self.plans: dict[int, Plan] = {}
+        self._clock = clock
+        self._shape = shape
+        self._pieces: list[Piece] = [REPLICATED]
+        self._pieces += [(axis, atom) for axis in Axis for atom in range(shape.counts.of(axis))]
+        self._reference = [
+            {
+                (stage, piece): pieces.initial(piece, stage)
+                for stage in range(shape.stages)
+                for piece in self._pieces
+            }
+        ]
+        self._committed: dict[Member, int] = {}
+        self._prepared: dict[tuple[int, int], set[Member]] = {}
+        self._announced = 1
+        self._leader: str | None = None
+        self._failed: dict[Member, int] = {}
+        self._lost: dict[Member, int] = {}
+        self._answered: dict[tuple[int, Member], int] = {}
+        self._processes: dict[Member, SimWorker] = {}
+
+    @property
+    def failures(self) -> set[str]:
+        """Ids of the failures that agents reported."""
+        return {f"{member}" for member in self._failed}
+
+    def exists(self, worker: SimWorker) -> None:
+        """A process was started."""
+        self._processes[worker.member] = worker
+
+    # What is written.
+
+    def observe(self, process: Process, told: Told, before: Any) -> None:
+        """A write to the store, by whom and instead of what."""
+        value, check = told.value, self._clock.check
+        if told.key == leader_key(JOB):
+            self._leader = value
+            return
+        if isinstance(value, Quiesce | Adopt | Fence | Stop):
+            check(process.name == self._leader, f"{process.name} wrote {told.key}, not leading")
+        match value:
+            case None:
+                if isinstance(before, AgentRecord):
+                    self._lost |= dict.fromkeys(before.ready, told.revision)
+            case Quiesce(generation):
+                check(
+                    generation > self._announced or value == before,
+                    f"generation {generation} was announced after {self._announced}",
+                )
+                self._announced = generation
+            case Adopt(plan):
+                check(before in (None, value), f"plan {plan.generation} is written twice")
+                newest = max(self.plans, default=0)
+                check(plan.generation > newest, f"plan {plan.generation} follows {newest}")
+                check(
+                    plan.generation == self._announced,
+                    f"plan {plan.generation} answers announcement {self._announced}",
+                )
+                self._check_plan(plan)
+                self.plans[plan.generation] = plan
+            case Failed():
+                member = Member(value.failure.device, value.failure.incarnation)
+                check(self._processes[member].dead, f"{member} is reported, but lives")
+                self._failed.setdefault(member, told.revision)
+            case NodeReport():
+                for answer in value.workers:
+                    key = value.generation, answer.member
+                    self._answered.setdefault(key, told.revision)
+            case _:
+                return
+
+    # What a leader decides, knowing the store up to revision `seen`.
+
+    def planned(self, plan: Plan, seen: int) -> None:
+        """A leader is about to publish a plan."""
+        gone = {m for known in (self._failed, self._lost) for m, at in known.items() if at <= seen}
+        placed = {assignment.member for assignment in plan.participants}
+        self._clock.check(not placed & gone, f"failed {_names(placed & gone)} are placed")
+
+    def commands(self, message: Quiesce | Fence | Stop, seen: int) -> None:
+        """A leader is about to give an order."""
+        if isinstance(message, Fence):
+            answered = self._answered.get((self._announced, message.member))
+            self._clock.check(
+                answered is None or answered > seen,
+                f"{message.member} is fenced, but answered {self._announced}",
+            )
+
+    def fenced(self, worker: SimWorker) -> None:
+        """An agent obeys the order to kill a worker."""
+        now = self._clock.now
+        excused = now < max(worker.excused_until, self.calm_at + EXCUSE_SECONDS)
+        self._clock.check(
+            worker.hung or worker.dead or excused, f"{worker.member} is fenced, but works"
+        )
+
+    def _check_plan(self, plan: Plan) -> None:
+        check = self._clock.check
+        check(
+            sum(plan.batch_split) == self._shape.global_batch_size,
+            f"the batch {plan.batch_split} is not the global batch",
+        )
+        checked: list[object] = []
+        for replica in plan.layout.replicas:
+            if any(shards is replica.shards for shards in checked):
+                continue
+            checked.append(replica.shards)
+            for axis in Axis:
+                owners = Counter(
+                    atom
+                    for slot in replica.active
+                    for atoms in replica.shards.owned(axis, slot)
+                    for atom in range(atoms.start, atoms.stop)
+                )
+                whole = self._shape.counts.of(axis)
+                check(
+                    len(owners) == whole and set(owners.values()) <= {1},
+                    f"{axis} of replica {replica.replica}: {owners}",
+                )
+        for assignment in plan.participants:
+            worker = self._processes[assignment.member]
+            if worker.layout_generation and not worker.dead:
+                furthest = max(worker.session.committed, worker.session.voted)
+                check(
+                    plan.resume_step > furthest,
+                    f"{worker.member} holds step {furthest}, to resume at {plan.resume_step}",
+                )
+
+    # What workers do.
+
+    def prepared(self, worker: SimWorker) -> None:
+        """A worker holds its reduced gradients."""
+        key = worker.generation, worker.session.step
+        self._prepared.setdefault(key, set()).add(worker.member)
+
+    def votes(self, worker: SimWorker) -> None:
+        """A worker holds the vote of its step, and is about to commit."""
+        plan, step, check = worker.plan, worker.session.step, self._clock.check
+        assert plan is not None
+        prepared = self._prepared[plan.generation, step]
+        check(
+            len(prepared) == len(plan.placement),
+            f"{worker.member} commits step {step} of generation {plan.generation}, "
+            f"for which only {_names(prepared)} are prepared",
+        )
+        check(
+            worker.answered <= plan.generation,
+            f"{worker.member} commits in generation {plan.generation}, "
+            f"but answered {worker.answered}",
+        )
+        for generation, newer in self.plans.items():
+            check(
+                generation <= plan.generation or step <= newer.resume_step,
+                f"{worker.member} commits step {step} in generation {plan.generation}, but "
+                f"generation {generation} resumed at {newer.resume_step}",
+            )
+
+    def committed(self, worker: SimWorker) -> None:
+        """A worker committed: it is the next step of this process, and its values are right."""
+        before = self._committed.get(worker.member, -1)
+        self._clock.check(
+            worker.session.committed > before,
+            f"{worker.member} went from step {before} to {worker.session.committed}",
+        )
+        self._clock.check(
+            worker.session.point is StepPoint.IDLE, f"{worker.member} is between two steps"
+        )
+        self._committed[worker.member] = worker.session.committed
+        self._check_reference(worker)
+
+    def switched(self, worker: SimWorker, plan: Plan) -> None:
+        """A worker changed its layout: it holds what it owns, with the right values."""
+        owned = set(pieces.owned(plan, worker.slot))
+        self._clock.check(
+            set(worker.values) == owned,
+            f"{worker.member} holds {set(worker.values) ^ owned} too much or too little",
+        )
+        self._committed[worker.member] = worker.session.committed
+        self._check_reference(worker)
+
+    def _check_reference(self, worker: SimWorker) -> None:
+        done = worker.session.committed + 1
+        while len(self._reference) <= done:
+            step, size = len(self._reference) - 1, self._shape.global_batch_size
+            last = self._reference[-1]
+            self._reference.append({p: mix(v, step, size) for p, v in last.items()})
+        expected, stage = self._reference[done], worker.place.stage
+        wrong = [p for p, value in worker.values.items() if expected[stage, p] != value]
+        self._clock.check(
+            not wrong, f"{worker.member} after step {done - 1}: {wrong} differ from the reference"
+        )
+
+    # The end.
+
+    def ended(self, finished: Finish, journaled: set[str]) -> None:
+        """The job is over: everything is done, or there is a true reason why it cannot be."""
+        check = self._clock.check
+        gone = self._failed.keys() | self._lost.keys()
+        workers = [w for m, w in self._processes.items() if m not in gone and not w.dead]
+        if finished.outcome == "completed":
+            last = self._shape.steps - 1
+            placed = {a.member for a in self.plans[max(self.plans)].placement}
+            behind = [
+                f"{w.member} at {w.session.committed}"
+                for w in workers
+                if w.member in placed and w.layout_generation and w.session.committed < last
+            ]
+            check(not behind, f"completed, but {behind} lack step {last}")
+            return
+        check(finished.outcome == "halted", f"ended as {finished.outcome}: {finished.reason}")
+        check("recoveries" not in finished.reason, f"gave up: {finished.reason}")
+        layout = max((worker.layout_generation for worker in workers), default=0)
+        held: set[tuple[int, Piece]] = set()
+        for worker in workers:
+            values: Values = {}
+            if layout and layout == worker.layout_generation:
+                values = worker.values
+            elif layout and layout == worker.pending_generation:
+                values = worker.pending or {}
+            held |= {(worker.place.stage, piece) for piece in values}
+        whole = held == set(self._reference[0]) and "no slot has a worker" not in finished.reason
+        check(not whole, f"halted although all is held: {finished.reason}")
+        missing = self.failures - journaled
+        check(not missing, f"the journal lacks the failures of {sorted(missing)}")
+
+
+def _names(members: Iterable[Member]) -> str:
+    return ", ".join(str(member) for member in sorted(members))

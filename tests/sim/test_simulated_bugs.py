@@ -1,0 +1,245 @@
+"""Planted bugs show that the invariants bite: each is found, by the invariant that it breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import sim_candidate
+from clock import Violation
+from links import Broken
+from sim_agent import Life
+from sim_process import Wait
+from sim_store import SimStore
+from sim_worker import SimWorker
+from world import World
+
+from elastic import planner
+from elastic.adoption import Adoption
+from elastic.controller import Controller
+from elastic.effects import Effect, Phase
+from elastic.membership import Membership
+from elastic.messages import StoreMessage
+from elastic.plan import Plan
+from elastic.planner import JobShape
+from elastic.recorded import Recorded, read_messages
+from elastic.session import Resume, Standing, StepPoint, decide_resume
+from elastic.store import Guard
+from elastic.topology import Coordinate, Member
+from health.classify import Signal
+from ntp.geometry import SlotRef
+from ntp.reshard_plan import Move, ReshardPlan, plan_reshard
+
+SEEDS = 1000
+
+
+def first_violation() -> list[str]:
+    """What the first failing seed violates, its story, and how to play it again."""
+    for seed in range(SEEDS):
+        try:
+            World(seed).run()
+        except Violation as violation:
+            print(f"found by seed {seed}: {str(violation).splitlines()[0]}")
+            return str(violation).splitlines()
+    raise AssertionError(f"{SEEDS} seeds did not find it")
+
+
+def test_a_vote_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blind(standings: Sequence[Standing]) -> Resume:
+        lowest = min(standing.committed for standing in standings if standing.layout_generation)
+        resume = decide_resume(standings)
+        return replace(resume, resume_step=lowest + 1, vote=None)
+
+    monkeypatch.setattr(planner, "decide_resume", blind)
+    found = first_violation()[0]
+    assert "to resume at" in found
+
+
+def test_a_stale_plan_that_is_adopted_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def anything(worker: SimWorker, plan: Plan, announced: int) -> bool:
+        return any(assignment.member == worker.member for assignment in plan.placement)
+
+    monkeypatch.setattr(SimWorker, "may_adopt", anything)
+    found = first_violation()[0]
+    assert "overtaken by" in found
+
+
+def test_a_failed_member_that_stays_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(membership: Membership, member: Member) -> None:
+        return None
+
+    monkeypatch.setattr(Membership, "remove", keep)
+    found = first_violation()[0]
+    # Either it is placed again, or everybody waits for its answer until the patience ends.
+    assert "are placed" in found or "stuck" in found
+
+
+def test_pieces_that_are_swapped_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def order(move: Move) -> tuple[SlotRef, str, int]:
+        return move.target, move.axis or "", move.atoms.start if move.atoms else 0
+
+    def swapped(*arguments: Any) -> ReshardPlan:
+        """Two moves of one axis exchange their atoms."""
+        moves = list(plan_reshard(*arguments).moves)
+        for first, one in enumerate(moves):
+            for second in range(first + 1, len(moves)):
+                other = moves[second]
+                if one.axis is other.axis and one.atoms != other.atoms:
+                    moves[first] = replace(one, atoms=other.atoms)
+                    moves[second] = replace(other, atoms=one.atoms)
+                    return ReshardPlan(tuple(sorted(moves, key=order)))
+        return ReshardPlan(tuple(moves))
+
+    monkeypatch.setattr(planner, "plan_reshard", swapped)
+    found = first_violation()[0]
+    assert any(
+        words in found
+        for words in ("is to send", "too much or too little", "differ from the reference", "twice")
+    )
+
+
+def test_a_tensor_group_kept_by_a_worker_that_left_the_vote_or_barrier_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never_in_doubt(worker: SimWorker) -> bool:
+        return True
+
+    monkeypatch.setattr(SimWorker, "may_keep", never_in_doubt)
+    found = first_violation()[0]
+    assert "is fenced, but works" in found
+
+
+def test_a_tensor_group_kept_behind_the_vote_alone_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def in_vote_alone(worker: SimWorker) -> bool:
+        return worker.session.point is not StepPoint.PREPARED
+
+    monkeypatch.setattr(SimWorker, "may_keep", in_vote_alone)
+    found = first_violation()[0]
+    assert "is fenced, but works" in found
+
+
+def test_a_fresh_worker_that_counts_as_a_survivor_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def everybody(
+        source: Plan | None, workers: Mapping[Coordinate, Member], standings: object
+    ) -> dict[Coordinate, Member]:
+        placed = {a.coordinate for a in source.placement} if source else set()
+        return {place: member for place, member in workers.items() if place in placed}
+
+    monkeypatch.setattr(planner, "_survivors", everybody)
+    found = first_violation()[0]
+    assert "to send" in found
+
+
+def test_a_slot_that_lacks_a_stage_but_is_active_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def any_stage(shape: JobShape, workers: Mapping[Coordinate, Member]) -> tuple[SlotRef, ...]:
+        return tuple(sorted({coordinate.slot_ref for coordinate in workers}))
+
+    monkeypatch.setattr(planner, "complete_slots", any_stage)
+    found = first_violation()[0]
+    assert "KeyError" in found
+
+
+def test_a_fence_that_also_strikes_those_who_answered_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Life, "spares", lambda life, member: False)
+    found = first_violation()[0]
+    assert "is fenced, but works" in found
+
+
+def test_a_write_whose_guard_is_not_checked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unguarded(store: SimStore, guard: Guard) -> bool:
+        return True
+
+    monkeypatch.setattr(SimStore, "holds", unguarded)
+    assert "not leading" in first_violation()[0]
+
+
+def test_a_failure_that_is_reported_before_its_process_is_dead_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def report_only(life: Life, worker: SimWorker, signal: Signal) -> None:
+        life.ended(worker, "at once")
+
+    monkeypatch.setattr(Life, "kill", report_only)
+    assert "is reported, but lives" in first_violation()[0]
+
+
+def test_a_take_over_that_forgets_the_answers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(messages: Iterable[StoreMessage]) -> Recorded:
+        return replace(read_messages(messages), reports=())
+
+    monkeypatch.setattr(sim_candidate, "read_messages", forgetful)
+    assert "is fenced, but answered" in first_violation()[0]
+
+
+def test_a_take_over_that_forgets_who_failed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(messages: Iterable[StoreMessage]) -> Recorded:
+        return replace(read_messages(messages), failures=())
+
+    monkeypatch.setattr(sim_candidate, "read_messages", forgetful)
+    found = first_violation()[0]
+    assert "the journal lacks" in found or "are placed" in found or found == "stuck"
+
+
+def test_a_take_over_that_counts_on_the_living_alone_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def go_on(controller: Controller, now: float) -> list[Effect]:
+        """Nobody looks who was lost while nobody led."""
+        controller.phase = Phase.REBUILDING
+        living = controller._involved() & controller._members.alive()
+        controller._adoption = Adoption(controller.generation, living)
+        return []
+
+    monkeypatch.setattr(Controller, "_go_on", go_on)
+    assert first_violation()[0] == "stuck"
+
+
+def test_a_node_that_is_cut_off_and_commits_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    vote = SimWorker.vote
+
+    def alone(worker: SimWorker) -> Generator[Wait, Any, tuple[float, ...]]:
+        """Whoever has lost both the others and the store takes the rest for dead."""
+        try:
+            return (yield from vote(worker))
+        except Broken:
+            agent = worker.world.agents[worker.member.device.node]
+            if worker.world.store.reaches(agent.process):
+                raise
+            return float(worker.world.shape.global_batch_size), 0.0
+
+    monkeypatch.setattr(SimWorker, "vote", alone)
+    found = first_violation()[0]
+    assert "are prepared" in found or "resumed at" in found
+
+
+def test_an_agent_that_takes_its_old_workers_up_again_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left: dict[int, Life] = {}
+    begin = Life.begin
+
+    def spare(life: Life) -> None:
+        left[id(life.agent)] = life
+
+    def take_up(life: Life) -> None:
+        if (before := left.get(id(life.agent))) is not None:
+            life.processes, life.ready = before.processes, before.ready
+        begin(life)
+
+    monkeypatch.setattr(Life, "kill_all", spare)
+    monkeypatch.setattr(Life, "begin", take_up)
+    found = first_violation()[0]
+    assert "are placed" in found
+
+
+def test_a_violation_tells_its_story_and_how_to_rerun_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Membership, "remove", lambda membership, member: None)
+    lines = first_violation()
+    assert lines[-1].startswith("rerun: EVERSTEP_SIM_SEED=")
+    assert any("dies in step" in line for line in lines)
