@@ -65,11 +65,6 @@ class Oracle:
         self._answered: dict[tuple[int, Member], int] = {}
         self._processes: dict[Member, SimWorker] = {}
 
-    @property
-    def failures(self) -> set[str]:
-        """Ids of the failures that agents reported."""
-        return {f"{member}" for member in self._failed}
-
     def exists(self, worker: SimWorker) -> None:
         """A process was started."""
         self._processes[worker.member] = worker
@@ -238,9 +233,15 @@ class Oracle:
 
     # The end.
 
-    def ended(self, finished: Finish, journaled: set[str]) -> None:
-        """The job is over: everything is done, or there is a true reason why it cannot be."""
+    def ended(self, finished: Finish, seen: int, journaled: set[str]) -> None:
+        """The job is over: everything is done, or there is a true reason why it cannot be.
+
+        Who ended it knew the store up to revision `seen`, and `journaled` are the failures' ids.
+        """
         check = self._clock.check
+        reported = {str(member) for member, at in self._failed.items() if at <= seen}
+        missing = sorted(reported - journaled)
+        check(not missing, f"the journal lacks the failures of {missing}")
         gone = self._failed.keys() | self._lost.keys()
         workers = [w for m, w in self._processes.items() if m not in gone and not w.dead]
         if finished.outcome == "completed":
@@ -266,8 +267,6 @@ class Oracle:
             held |= {(worker.place.stage, piece) for piece in values}
         whole = held == set(self._reference[0]) and "no slot has a worker" not in finished.reason
         check(not whole, f"halted although all is held: {finished.reason}")
-        missing = self.failures - journaled
-        check(not missing, f"the journal lacks the failures of {sorted(missing)}")
 
 
 def _names(members: Iterable[Member]) -> str:

@@ -186,12 +186,17 @@ class Life:
             self._tell(adopt)
 
     def _tell(self, message: AgentMessage) -> None:
-        rng, clock = self._world.clock.rng, self._world.clock
+        clock = self._world.clock
         for worker in self.processes.values():
-            if worker.member in self.ready:
-                # A plan may be overtaken by the next announcement; nothing overtakes those.
-                late = isinstance(message, Adopt) and rng.random() < 0.2
-                clock.after(2.0 * rng.random() if late else 0.0, worker.hear, message)
+            if worker.member not in self.ready:
+                continue
+            if isinstance(message, Adopt):
+                # A plan may be overtaken by the next announcement, but not by the next plan.
+                late = 2.0 * clock.rng.random() if clock.rng.random() < 0.2 else 0.0
+                worker.plan_due = max(worker.plan_due, clock.now + late)
+                clock.after(worker.plan_due - clock.now, worker.hear, message)
+            else:
+                clock.after(0.0, worker.hear, message)
 
     def _fence(self, fence: Fence) -> None:
         if self.spares(fence.member):

@@ -101,14 +101,14 @@ class Candidate:
         values, revision = yield world.store.get_prefix(process, job_prefix(JOB))
         recorded = read_messages(v for v in values.values() if isinstance(v, StoreMessage))
         if recorded.stop is not None:
-            world.finish(Finish(recorded.stop.outcome, recorded.stop.reason))
+            world.finish(Finish(recorded.stop.outcome, recorded.stop.reason), 0)
             return True
         world.clock.tell("%s leads from generation %d on", process.name, recorded.generation)
         now = world.clock.now
         controller = Controller(world.shape, world.devices, LIMITS, now, recorded)
         self.term = Term(world, process, controller, guard, lease, revision)
         finish: Finish = yield self.term.run
-        world.finish(finish)
+        world.finish(finish, self.term.seen)
         return True
 
 

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from clock import Action, Clock
 
+from elastic.store import GuardFailed, LeaseLost
+
 
 class Waiter(Protocol):
     """Something that is blocked; `token` names the wait it is in."""
@@ -60,7 +62,7 @@ class Process:
 
 
 class Task:
-    """A thread of control. `ended` is called with its result, or with what it raised."""
+    """A thread of control. `ended` is called with its result, or with the store's refusal."""
 
     def __init__(
         self, body: Body, ended: Callable[[Any, Exception | None], None] | None = None
@@ -88,10 +90,10 @@ class Task:
         except StopIteration as over:
             if self._ended is not None:
                 self._ended(over.value, None)
-        except Exception as failure:
+        except (GuardFailed, LeaseLost) as refused:
             if self._ended is None:
                 raise
-            self._ended(None, failure)
+            self._ended(None, refused)
         else:
             wait(self)
 

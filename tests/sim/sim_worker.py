@@ -62,6 +62,7 @@ class SimWorker:
         self.dead = False
         self.hung = False
         self.excused_until = 0.0
+        self.plan_due = 0.0
         self.session = Session()
         self.plan: Plan | None = None
         self.values: Values = {}

@@ -47,8 +47,8 @@ class Strike:
     """Something bad that happens once, when its trigger comes.
 
     `trigger`: "time" (at `at` seconds), the name of a phase that a controller enters (for the
-    `at`-th time), a point of a step (in step `at`), or a kind of key that is written (for the
-    `at`-th time). `seconds` is how long it lasts, where it passes.
+    `at`-th time), a point of a step (in step `at`), or a kind of key that is written, or
+    deleted ("no ..."), for the `at`-th time. `seconds` is how long it lasts, where it passes.
     """
 
     trigger: str
@@ -67,7 +67,7 @@ def new_strikes(rng: Random, steps: int) -> list[Strike]:
     strikes = [_new_strike(rng, steps, rng.choice(kinds)) for _ in range(rng.randint(1, 5))]
     if rng.random() < 0.3:
         # The leader is lost in the middle of what it does about a failure.
-        trigger = rng.choice(("commands", "plan", "events", "reports", Phase.QUIESCING))
+        trigger = rng.choice(("commands", "plan", "events", "reports", "no agents"))
         delay = 0.1 * rng.random()
         kind = rng.choice((Kind.LEADER_KILL, Kind.LEADER_STOP, Kind.LEADER_CUT))
         strikes.append(Strike(trigger, rng.randint(1, 3), kind, 1, delay, 8.0 * rng.random()))

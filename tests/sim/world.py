@@ -99,7 +99,6 @@ class World:
             clock.play()
             if clock.now > PATIENCE_SECONDS + max(self.oracle.calm_at, self.luck.struck_at):
                 raise clock.violation("stuck")
-        self.oracle.ended(self.finished, self.journal.failures)
         finished = self.finished
         return Ended(
             finished.outcome,
@@ -109,9 +108,10 @@ class World:
             clock.now,
         )
 
-    def finish(self, finish: Finish) -> None:
-        """A leader ended the job."""
+    def finish(self, finish: Finish, seen: int) -> None:
+        """A leader ended the job, knowing the store up to revision `seen`."""
         self.finished = finish
+        self.oracle.ended(finish, seen, self.journal.failures)
 
     def disturb(self, seconds: float) -> None:
         """Something that slows everything down begins, and lasts so long."""
@@ -189,9 +189,8 @@ class World:
     def _observe(self, process: Process, told: Told, before: Any) -> None:
         self.oracle.observe(process, told, before)
         kind = told.key.removeprefix(job_prefix("job")).partition("/")[0]
-        if told.value is not None:
-            self._terms += kind == "leader"
-            self.luck.happened(kind)
+        self._terms += kind == "leader" and told.value is not None
+        self.luck.happened(kind if told.value is not None else f"no {kind}")
 
 
 def _shape(clock: Clock) -> JobShape:
