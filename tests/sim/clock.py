@@ -52,10 +52,10 @@ class Clock:
         """A line of the story. It is put together only where somebody reads it."""
         self.story.append((self.now, text, arguments))
 
-    def check(self, holds: bool, what: str) -> None:
-        """An invariant. Raises Violation."""
+    def check(self, holds: bool, what: str, *arguments: Any) -> None:
+        """An invariant; `what` and its arguments describe its breach. Raises Violation."""
         if not holds:
-            raise self.violation(what)
+            raise self.violation(what % arguments if arguments else what)
 
     def violation(self, what: str) -> Violation:
         """`what` happened, with everything that led to it."""

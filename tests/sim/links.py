@@ -10,7 +10,7 @@ network heals or its timeout is over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from clock import Clock
@@ -25,7 +25,10 @@ class Broken(RuntimeError):
 
 
 class Comm:
-    """One communicator of one generation, made in the store at `rendezvous`."""
+    """One communicator of one generation, made in the store at `rendezvous`.
+
+    Inside, members are numbers: their positions, as ranks are.
+    """
 
     def __init__(
         self,
@@ -40,71 +43,73 @@ class Comm:
         self._network = network
         self._rendezvous = rendezvous
         self._star = star
-        self._severed: set[Member] = set()
-        self._cut: set[Member] = set()
-        self._count = dict.fromkeys(members, 0)
-        self._given: dict[int, dict[Member, Any]] = {}
-        self._waiting: dict[Member, tuple[Any, int, int]] = {}
-        self._arrived: set[Member] = set()
-        self._posted: dict[Member, Any] = {}
-        self._receiving: dict[Member, tuple[Any, int, frozenset[Member]]] = {}
+        self._ranks = {member: rank for rank, member in enumerate(members)}
+        self._severed: set[int] = set()
+        self._cut: set[int] = set()
+        self._count = [0] * len(members)
+        self._given: dict[int, dict[int, Any]] = {}
+        self._waiting: dict[int, tuple[Any, int, int]] = {}
+        self._arrived: set[int] = set()
+        self._posted: dict[int, Any] = {}
+        self._receiving: dict[int, tuple[Any, int, frozenset[int]]] = {}
 
     def intact(self, member: Member, members: Sequence[Member]) -> bool:
         """What the member itself believes: it did not sever its end."""
-        return member not in self._severed and self.members == tuple(members)
+        return self.members == tuple(members) and self._ranks[member] not in self._severed
 
     def build(self, timeout: float) -> Wait:
         """Wait until every member came; the result is this communicator."""
         return lambda waiter: self._build(waiter, timeout)
 
     def join(self, value: Any) -> Wait:
-        """Contribute to the next collective; the result is what all members gave, by member."""
+        """Contribute to the next collective; the result is what all members gave."""
         return lambda waiter: self._join(waiter, value)
 
-    def exchange(self, letters: dict[Any, Any], sources: frozenset[Member]) -> Wait:
-        """Post letters; the result is what `sources` posted, once all of them did."""
+    def exchange(self, letters: Any, sources: frozenset[Member]) -> Wait:
+        """Post letters; the result is what each of `sources` posted, once all of them did."""
         return lambda waiter: self._exchange(waiter, letters, sources)
 
     def sever(self, member: Member) -> None:
         """The member ends this communicator on its side."""
-        self._severed.add(member)
+        me = self._ranks[member]
+        self._severed.add(me)
         self.cut(member)
         for waiting in (self._waiting, self._receiving):
-            if member in waiting:
-                self._fail_soon(member, waiting[member][1], "severed here")
+            if me in waiting:
+                self._fail_soon(me, waiting[me][1], "severed here")
 
     def cut(self, member: Member) -> None:
         """The member's connections are gone: it died, or severed them."""
-        if member in self._cut:
+        gone = self._ranks.get(member)
+        if gone is None or gone in self._cut:
             return
-        self._cut.add(member)
+        self._cut.add(gone)
         for peer, (_, token, index) in list(self._waiting.items()):
             # A peer that is not there yet is missed by timeout only.
-            if peer != member and index >= 0 and self._notices(peer, member):
-                self._fail_soon(peer, token, f"lost {member}", member)
+            if peer != gone and index >= 0 and self._notices(peer, gone):
+                self._fail_soon(peer, token, f"lost {member}", gone)
         for peer, (_, token, sources) in list(self._receiving.items()):
-            if member in sources and member not in self._posted:
-                self._fail_soon(peer, token, f"lost {member}", member)
+            if gone in sources and gone not in self._posted:
+                self._fail_soon(peer, token, f"lost {member}", gone)
 
-    def _notices(self, peer: Member, member: Member) -> bool:
-        return not self._star or self.members[0] in (peer, member)
+    def _notices(self, peer: int, gone: int) -> bool:
+        return not self._star or peer == 0 or gone == 0
 
     def _build(self, waiter: Any, timeout: float) -> None:
-        self._arrived.add(waiter.member)
-        self._waiting[waiter.member] = (waiter, waiter.token, -1)
-        self._clock.after(timeout, self._fail, waiter.member, waiter.token, "never appeared")
+        me = self._ranks[waiter.member]
+        self._arrived.add(me)
+        self._waiting[me] = (waiter, waiter.token, -1)
+        self._clock.after(timeout, self._fail, me, waiter.token, "never appeared")
         if len(self._arrived) == len(self.members):
-            for member in list(self._waiting):
-                self._clock.after(
-                    self._clock.delay(), self._built, member, self._waiting[member][1]
-                )
+            for each, (_, token, _) in list(self._waiting.items()):
+                self._clock.after(self._clock.delay(), self._built, each, token)
 
-    def _built(self, member: Member, token: int) -> None:
+    def _built(self, rank: int, token: int) -> None:
         if self._network.meets(self._rendezvous, self.members):
-            self._finish(member, token, self, self.members)
+            self._finish(rank, token, self, range(len(self.members)))
 
     def _join(self, waiter: Any, value: Any) -> None:
-        me, token = waiter.member, waiter.token
+        me, token = self._ranks[waiter.member], waiter.token
         index = self._count[me]
         self._count[me] += 1
         self._waiting[me] = (waiter, token, index)
@@ -113,85 +118,85 @@ class Comm:
             return
         given = self._given.setdefault(index, {})
         given[me] = value
-        root = self.members[0]
-        if self._star and me != root and root in self._cut:
-            self._fail_soon(me, token, "the first rank is gone", root)
+        if self._star and me != 0 and 0 in self._cut:
+            self._fail_soon(me, token, "the first rank is gone", 0)
         elif len(given) == len(self.members):
-            for member in self.members[:1] if self._star else self.members:
-                if member in self._waiting:
-                    wait = self._waiting[member][1]
-                    self._clock.after(self._clock.delay(), self._result, member, wait, index)
-        elif self._cut:
+            for rank in (0,) if self._star else range(len(self.members)):
+                if rank in self._waiting:
+                    wait = self._waiting[rank][1]
+                    self._clock.after(self._clock.delay(), self._result, rank, wait, index)
+        else:
             for gone in self._cut:
                 if gone not in given and self._notices(me, gone):
                     self._fail_soon(me, token, "a peer is gone", gone)
                     break
 
-    def _result(self, member: Member, token: int, index: int) -> None:
-        if not self._is_waiting(member, token):
+    def _result(self, rank: int, token: int, index: int) -> None:
+        if not self._is_waiting(rank, token):
             return
-        if not self._network.reaches(self.members, member):
-            self._hang(member, token, self._result, member, token, index)
+        if not self._reaches(range(len(self.members)), rank):
+            self._hang(rank, token, self._result, rank, token, index)
             return
-        given = self._given[index]
-        if self._star and member == self.members[0]:
-            for other in self.members[1:]:
+        given = list(self._given[index].values())
+        if self._star and rank == 0:
+            for other in range(1, len(self.members)):
                 if other in self._waiting and self._waiting[other][2] == index:
                     wait = self._waiting[other][1]
-                    self._clock.after(
-                        self._clock.delay(), self._finish, other, wait, given, (member,)
-                    )
-        self._pop(member).advance(token, given)
+                    self._clock.after(self._clock.delay(), self._finish, other, wait, given, (0,))
+        self._pop(rank).advance(token, given)
 
-    def _exchange(self, waiter: Any, letters: dict[Any, Any], sources: frozenset[Member]) -> None:
-        me, token = waiter.member, waiter.token
-        self._receiving[me] = (waiter, token, sources)
+    def _exchange(self, waiter: Any, letters: Any, sources: frozenset[Member]) -> None:
+        me, token = self._ranks[waiter.member], waiter.token
+        wanted = frozenset(self._ranks[source] for source in sources)
+        self._receiving[me] = (waiter, token, wanted)
         if me in self._severed:
             self._fail_soon(me, token, "severed here")
             return
         self._posted[me] = letters
         for peer, (_, wait, needed) in list(self._receiving.items()):
             if needed <= self._posted.keys() and (peer == me or me in needed):
+                received = [self._posted[source] for source in needed]
                 delay = self._clock.delay()
-                self._clock.after(delay, self._finish, peer, wait, self._posted, needed)
-        for gone in self._cut:
-            if gone in sources and gone not in self._posted:
+                self._clock.after(delay, self._finish, peer, wait, received, needed)
+        for gone in self._cut & wanted:
+            if gone not in self._posted:
                 self._fail_soon(me, token, "a sender is gone", gone)
                 break
 
-    def _is_waiting(self, member: Member, token: int) -> bool:
-        found = self._waiting.get(member) or self._receiving.get(member)
+    def _reaches(self, sources: Iterable[int], target: int) -> bool:
+        return self._network.is_whole or self._network.reaches(
+            [self.members[source] for source in sources], self.members[target]
+        )
+
+    def _is_waiting(self, rank: int, token: int) -> bool:
+        found = self._waiting.get(rank) or self._receiving.get(rank)
         return found is not None and found[1] == token
 
-    def _finish(self, member: Member, token: int, value: Any, sources: Collection[Member]) -> None:
+    def _finish(self, rank: int, token: int, value: Any, sources: Iterable[int]) -> None:
         """The wait succeeds, if the words of `sources` arrive."""
-        if not self._is_waiting(member, token):
+        if not self._is_waiting(rank, token):
             return
-        if self._network.reaches(sources, member):
-            self._pop(member).advance(token, value)
+        if self._reaches(sources, rank):
+            self._pop(rank).advance(token, value)
         else:
-            self._hang(member, token, self._finish, member, token, value, sources)
+            self._hang(rank, token, self._finish, rank, token, value, sources)
 
-    def _fail_soon(
-        self, member: Member, token: int, detail: str, source: Member | None = None
-    ) -> None:
-        self._clock.after(self._clock.delay(), self._fail, member, token, detail, source)
+    def _fail_soon(self, rank: int, token: int, detail: str, source: int | None = None) -> None:
+        self._clock.after(self._clock.delay(), self._fail, rank, token, detail, source)
 
-    def _fail(self, member: Member, token: int, detail: str, source: Member | None = None) -> None:
+    def _fail(self, rank: int, token: int, detail: str, source: int | None = None) -> None:
         """The wait fails, if the news of `source` arrives."""
-        if not self._is_waiting(member, token):
+        if not self._is_waiting(rank, token):
             return
-        if source is None or self._network.reaches((source,), member):
-            self._pop(member).advance(token, error=Broken(detail))
+        if source is None or self._reaches((source,), rank):
+            self._pop(rank).advance(token, error=Broken(detail))
         else:
-            self._hang(member, token, self._fail, member, token, detail, source)
+            self._hang(rank, token, self._fail, rank, token, detail, source)
 
-    def _hang(
-        self, member: Member, token: int, action: Callable[..., None], *arguments: Any
-    ) -> None:
+    def _hang(self, rank: int, token: int, action: Callable[..., None], *arguments: Any) -> None:
         self._network.when_healed(action, *arguments)
-        self._clock.after(WAIT_SECONDS, self._fail, member, token, "timed out")
+        self._clock.after(WAIT_SECONDS, self._fail, rank, token, "timed out")
 
-    def _pop(self, member: Member) -> Any:
-        found = self._waiting.pop(member, None) or self._receiving.pop(member)
+    def _pop(self, rank: int) -> Any:
+        found = self._waiting.pop(rank, None) or self._receiving.pop(rank)
         return found[0]

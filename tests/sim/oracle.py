@@ -178,44 +178,40 @@ class Oracle:
         """A worker holds the vote of its step, and is about to commit."""
         plan, step, check = worker.plan, worker.session.step, self._clock.check
         assert plan is not None
-        prepared = self._prepared[plan.generation, step]
+        member, generation = worker.member, plan.generation
+        prepared = self._prepared[generation, step]
         check(
             len(prepared) == len(plan.placement),
-            f"{worker.member} commits step {step} of generation {plan.generation}, "
-            f"for which only {_names(prepared)} are prepared",
+            "%s commits step %d of generation %d, for which only %s are prepared",
+            *(member, step, generation, prepared),
         )
         check(
-            worker.answered <= plan.generation,
-            f"{worker.member} commits in generation {plan.generation}, "
-            f"but answered {worker.answered}",
+            worker.answered <= generation,
+            "%s commits in generation %d, but answered %d",
+            *(member, generation, worker.answered),
         )
-        for generation, newer in self.plans.items():
+        for newer in range(generation + 1, max(self.plans) + 1):
             check(
-                generation <= plan.generation or step <= newer.resume_step,
-                f"{worker.member} commits step {step} in generation {plan.generation}, but "
-                f"generation {generation} resumed at {newer.resume_step}",
+                newer not in self.plans or step <= self.plans[newer].resume_step,
+                "%s commits step %d in generation %d, but generation %d resumed before",
+                *(member, step, generation, newer),
             )
 
     def committed(self, worker: SimWorker) -> None:
         """A worker committed: it is the next step of this process, and its values are right."""
         before = self._committed.get(worker.member, -1)
-        self._clock.check(
-            worker.session.committed > before,
-            f"{worker.member} went from step {before} to {worker.session.committed}",
-        )
-        self._clock.check(
-            worker.session.point is StepPoint.IDLE, f"{worker.member} is between two steps"
-        )
-        self._committed[worker.member] = worker.session.committed
+        after = worker.session.committed
+        check = self._clock.check
+        check(after > before, "%s went from step %d to %d", worker.member, before, after)
+        check(worker.session.point is StepPoint.IDLE, "%s is in a step", worker.member)
+        self._committed[worker.member] = after
         self._check_reference(worker)
 
     def switched(self, worker: SimWorker, plan: Plan) -> None:
         """A worker changed its layout: it holds what it owns, with the right values."""
         owned = set(pieces.owned(plan, worker.slot))
-        self._clock.check(
-            set(worker.values) == owned,
-            f"{worker.member} holds {set(worker.values) ^ owned} too much or too little",
-        )
+        wrong = worker.values.keys() ^ owned
+        self._clock.check(not wrong, "%s holds %s too much or too little", worker.member, wrong)
         self._committed[worker.member] = worker.session.committed
         self._check_reference(worker)
 
@@ -228,7 +224,11 @@ class Oracle:
         expected, stage = self._reference[done], worker.place.stage
         wrong = [p for p, value in worker.values.items() if expected[stage, p] != value]
         self._clock.check(
-            not wrong, f"{worker.member} after step {done - 1}: {wrong} differ from the reference"
+            not wrong,
+            "%s after step %d: %s differ from the reference",
+            worker.member,
+            done - 1,
+            wrong,
         )
 
     # The end.

@@ -193,7 +193,7 @@ class SimWorker:
         pause = self._quiesce is not None and self._quiesce.generation > self.generation
         mine = (float(self.plan.batch_split[position]) if speaks else 0.0, float(pause))
         given = yield self._world_group.join(mine)
-        return sum(each[0] for each in given.values()), sum(each[1] for each in given.values())
+        return sum(each[0] for each in given), sum(each[1] for each in given)
 
     def _await_plan(self) -> Generator[Wait, Any, Plan | None]:
         announced = self.generation
@@ -238,7 +238,7 @@ class SimWorker:
         yield from self._build(plan, rank)
         self._check()
         digests = yield self._meeting.join(self.world.digest(plan))
-        self.clock.check(len(set(digests.values())) == 1, "the ranks hold different plans")
+        self.clock.check(len(set(digests)) == 1, "the ranks hold different plans")
         self._done(RecoveryPhase.REBUILD)
         yield from self._reshard(plan)
         if not donates:
@@ -299,10 +299,10 @@ class SimWorker:
             after = {p: pieces.initial(p, stage) for p in pieces.owned(plan, slot)}
         elif self.values:
             after = pieces.kept(plan, slot, self.values)
-        for source in sources:
-            gained = pieces.received(posted[source], slot)
+        for letters in posted:
+            gained = pieces.received(letters, slot)
             twice = sorted(map(str, gained.keys() & after.keys()))
-            self.clock.check(not twice, f"{slot} gets {twice} twice")
+            self.clock.check(not twice, "%s gets %s twice", slot, twice)
             after |= gained
         self.pending = after
 
@@ -343,13 +343,14 @@ class SimWorker:
         self.session = self.session.drop()
         self.clock.check(
             not has_state or self.session.committed == plan.resume_step - 1,
-            f"{self.member} committed {self.session.committed}, to resume at {plan.resume_step}",
+            "%s committed %d, to resume at %d",
+            *(self.member, self.session.committed, plan.resume_step),
         )
 
     def _commit(self, vote: tuple[float, ...]) -> None:
         step = self.session.step
         self.clock.check(
-            vote[0] == self.world.shape.global_batch_size, f"step {step} had {vote[0]} samples"
+            vote[0] == self.world.shape.global_batch_size, "step %d had %s samples", step, vote[0]
         )
         for piece, value in self.values.items():
             self.values[piece] = mix(value, step, vote[0])

@@ -145,8 +145,7 @@ class World:
     def sever(self, worker: SimWorker) -> None:
         """The connections of a worker are gone."""
         for comm in self._communicators.values():
-            if worker.member in comm.members:
-                comm.cut(worker.member)
+            comm.cut(worker.member)
 
     # What workers meet in.
 
