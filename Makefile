@@ -4,6 +4,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.everstep-installed
+PEERS_BIN := .venv-peers/bin
+PEERS_STAMP := .venv-peers/.everstep-installed
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+RUNS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench chaos clean
@@ -35,15 +39,24 @@ check: $(STAMP) ## Check formatting, lint, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) ## Measure recovery, overhead, resharding, uneven replicas and all-reduces
+# What everstep's recovery is measured beside. Their environment sees the packages of .venv, so that
+# all run on one torch, and keeps their own apart. A peer that cannot be installed is left out.
+$(PEERS_STAMP): $(STAMP)
+	test -x $(PEERS_BIN)/python || $(BIN)/python -m venv .venv-peers
+	$(BIN)/python -c '$(PURELIB)' > "$$($(PEERS_BIN)/python -c '$(PURELIB)')/everstep.pth"
+	-$(PEERS_BIN)/python -m pip install -c constraints.txt torchft-nightly==2026.10.26
+	-$(PEERS_BIN)/python -m pip install -c constraints.txt nvidia-resiliency-ext==0.4.1
+	touch $@
+
+bench: $(STAMP) $(PEERS_STAMP) ## Measure recovery, overhead, resharding, uneven replicas and all-reduces
 	$(BIN)/python -m benchmarks.uneven
 	$(BIN)/python -m benchmarks.reshard
 	$(BIN)/python -m benchmarks.uneven_step
 	$(BIN)/python -m benchmarks.gradient_sync
-	$(BIN)/python -m benchmarks.recovery
+	$(BIN)/python -m benchmarks.recovery --runs $(RUNS)
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.all_reduce
 
-clean: ## Remove runs and caches; keeps .venv
+clean: ## Remove runs and caches; keeps .venv and .venv-peers
 	rm -rf runs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +

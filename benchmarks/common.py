@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -35,8 +36,16 @@ LOG_TAIL_BYTES = 3000
 _EVERSTEP = "import sys; from trainer.main import main; sys.exit(main())"
 
 
+REFUSED = 2
+"""Exit code of `everstep run` for a configuration or faults file that it cannot carry out."""
+
+
 class BenchmarkError(RuntimeError):
     """A measured program failed; the message ends with the end of its log."""
+
+
+class RefusedError(BenchmarkError):
+    """everstep cannot be asked that."""
 
 
 def progress(text: str) -> None:
@@ -101,17 +110,27 @@ def command(
         process.wait()
 
 
-def wait_for(process: subprocess.Popen[bytes], log: Path, describe: Callable[[], str]) -> None:
+def wait_for(
+    process: subprocess.Popen[bytes],
+    log: Path,
+    describe: Callable[[], str],
+    limit_seconds: float = math.inf,
+) -> None:
     """Wait for a command to end, telling every few seconds what `describe` says.
 
     Raises:
-        BenchmarkError: it ended with a code other than 0.
+        BenchmarkError: it ended with a code other than 0, or not within `limit_seconds`.
     """
+    deadline = time.monotonic() + limit_seconds
     while True:
         try:
             code = process.wait(PROGRESS_SECONDS)
         except subprocess.TimeoutExpired:
             progress(describe())
+            if time.monotonic() > deadline:
+                raise BenchmarkError(
+                    f"{process.args!r} ran for more than {limit_seconds:g} s:\n{log_tail(log)}"
+                ) from None
             continue
         if code:
             raise BenchmarkError(f"{process.args!r} ended with code {code}:\n{log_tail(log)}")
@@ -119,7 +138,7 @@ def wait_for(process: subprocess.Popen[bytes], log: Path, describe: Callable[[],
 
 
 def die_with_parent() -> None:
-    """In a rank that torchrun started in a session of its own: be killed when torchrun ends."""
+    """In a rank that its launcher started in a session of its own: be killed when that ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -133,12 +152,17 @@ class EverstepRun:
 
 
 def run_everstep(
-    config: Path, overrides: Sequence[str], faults: list[dict[str, Any]], run_dir: Path
+    config: Path,
+    overrides: Sequence[str],
+    faults: list[dict[str, Any]],
+    run_dir: Path,
+    limit_seconds: float = math.inf,
 ) -> EverstepRun:
     """Run `everstep run` to its end. Faults are written as the faults file has them.
 
     Raises:
-        BenchmarkError: the run failed, or ended without completing.
+        RefusedError: it cannot carry out the configuration or the faults.
+        BenchmarkError: the run failed, took longer than `limit_seconds`, or did not complete.
     """
     run_dir.mkdir(parents=True)
     arguments = [sys.executable, "-c", _EVERSTEP, "run", str(config), "--run-dir", str(run_dir)]
@@ -151,7 +175,17 @@ def run_everstep(
         arguments += ["--faults", str(faults_file)]
     log, steps_file = run_dir.with_suffix(".log"), run_dir / "steps.jsonl"
     with command(arguments, log) as process:
-        wait_for(process, log, lambda: f"everstep: {_lines(steps_file)} steps committed")
+        try:
+            wait_for(
+                process,
+                log,
+                lambda: f"everstep: {_lines(steps_file)} steps committed",
+                limit_seconds,
+            )
+        except BenchmarkError as error:
+            if process.returncode == REFUSED:
+                raise RefusedError(log_tail(log)) from error
+            raise
     summary = json.loads((run_dir / "summary.json").read_text())
     if summary["outcome"] != "completed":
         raise BenchmarkError(f"everstep ended as {summary['outcome']}:\n{log_tail(log)}")

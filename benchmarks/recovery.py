@@ -1,33 +1,27 @@
-"""Seconds from a SIGKILL to the next committed step: everstep against plain torchrun.
+"""Seconds from a failure to the next completed step: everstep beside its peers.
 
-    python -m benchmarks.recovery [--kills 5] [--workers 8] [--quick]
+    python -m benchmarks.recovery [--runs 10] [--workers 4 8] [--strikes ...] [--systems ...]
 
-Theory of operation. Both train the model of configs/demo.yaml in float32, as two replicas of
-CPU workers. everstep runs once; SIGKILL strikes a different slot each time, in all phases of a step
-in turn, and the device returns a few steps later, so that the next kill finds a job at full degree.
-torchrun runs once with a checkpoint every 10 steps and enough restarts; its ranks are killed from
-outside, at places between two checkpoints that are 5 steps after one in the mean.
+Theory of operation. All train the model of configs/demo.yaml in float32, as two replicas of CPU
+workers, each replica on a node with an agent of its own; nobody has a spare. Every strike comes
+from outside (`benchmarks.strikes`): SIGKILL or SIGSTOP of a worker, an exception in one, SIGKILL of
+a node's agent (its workers die with it), and of an agent and its workers at once. The seconds run
+to the first step that the job completes with whom it has then. Steps lost had been completed and
+were done again, as those after the newest of the checkpoints that peers save every ten steps.
 
-For everstep the seconds are `recover_seconds` of summary.json, which end with the first step that
-the new generation commits. For torchrun there are two ends: the first step that was not completed
-before, which is the same thing, and the first step at all, which a checkpoint after every step
-would give at best. A lost step had been completed and was done again; redone steps count the one in
-flight, too. Nothing is asserted, as a busy machine may miss any target.
-
-The table by phase splits everstep's seconds at the times in journal.jsonl: the fault, its
-detection, the last worker stopped, the plan, groups built, shards moved, barrier passed, step
-committed.
+The peers run the same model and step (`benchmarks.bare_model`), without everstep's runtime, from
+`benchmarks.peers`. A peer that is not installed, or fails, has that in its cells. A run without a
+step within the limit is printed as longer than it; a cell of which the first two runs had none is
+given up. Nothing is asserted, as a busy machine may miss any target.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -35,223 +29,172 @@ from rich.table import Table
 from benchmarks.common import (
     DEMO_CONFIG,
     BenchmarkError,
-    EverstepRun,
+    RefusedError,
     progress,
-    run_everstep,
     run_main,
     scratch_folder,
 )
-from benchmarks.torchrun_driver import CHECKPOINT_STEPS, Kill, run_torchrun, torchrun_steps
+from benchmarks.everstep_recovery import PARTS, REPLICAS, PhasedRecovery, shape
+from benchmarks.everstep_recovery import measure as measure_everstep
+from benchmarks.peers.driver import measure
+from benchmarks.peers.systems import PEERS, Peer
+from benchmarks.strikes import Cell, Missing, Recovery, Strike, cell_text, median_seconds
+from trainer.config import RunConfig
 from trainer.config_file import load
 
-TARGET_SECONDS = 1.0
-TARGET_WORKERS = 8
-TARGET_RATIO = 5.0
+EVERSTEP = "everstep"
+ENDLESS_STEPS = 1_000_000
+HOPELESS_RUNS = 2
 
-REPLICAS = 2
-FIRST_KILL_STEP = 10
-PHASES = ("forward", "backward", "grad_sync", "vote", "optimizer")
-SPLIT = ("detect", "quiesce", "plan", "rebuild", "reshard", "resume", "first step")
+TARGETS = {
+    (Strike.SIGKILL, 4): 0.3,
+    (Strike.SIGKILL, 8): 0.5,
+    (Strike.SIGSTOP, 4): 2.0,
+    (Strike.SIGSTOP, 8): 2.0,
+}
+"""Median seconds that everstep is to stay within, by strike and workers."""
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of the table; lost and redone steps are those of all kills together."""
-
-    name: str
-    seconds: list[float]
-    lost_steps: int
-    redone_steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """everstep's answer to one kill. `split` has the seconds of each part named in SPLIT."""
-
-    seconds: float
-    split: tuple[float, ...]
+Row = dict[Strike, Cell]
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Recovery time of everstep and of torchrun.")
-    parser.add_argument("--kills", type=int, default=5, help="kills of each (default 5)")
-    parser.add_argument("--workers", type=int, default=8, help="an even number (default 8)")
+    options = _options()
+    console = Console()
+    peers = [peer for peer in PEERS if _chosen(peer.name, options.systems)]
+    for workers in options.workers:
+        rows: dict[str, Row] = {}
+        phases: dict[Strike, Sequence[PhasedRecovery]] = {}
+        with scratch_folder() as scratch:
+            if _chosen(EVERSTEP, options.systems):
+                phases, rows[EVERSTEP] = _everstep(options, workers, scratch)
+            config = load(DEMO_CONFIG, (*shape(workers), f"train.steps={ENDLESS_STEPS}"))
+            for peer in peers:
+                rows[peer.name] = _row(peer, options, config, scratch / peer.name)
+        console.print(_table(rows, options, workers))
+        if phases:
+            console.print(_phase_table(phases, workers))
+        for line in _verdicts(rows, options.strikes, workers):
+            console.print(line)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Recovery time of everstep and of its peers.")
+    parser.add_argument("--runs", type=int, default=10, help="runs of each cell (default 10)")
     parser.add_argument(
-        "--steps", type=int, default=20, help="steps between two kills of everstep (default 20)"
+        "--workers", type=int, nargs="+", default=[4, 8], help="even numbers (default 4 8)"
     )
-    parser.add_argument("--quick", action="store_true", help="three kills")
+    parser.add_argument(
+        "--strikes", type=Strike, nargs="+", default=list(Strike), choices=list(Strike)
+    )
+    names = ", ".join((EVERSTEP, *(peer.name for peer in PEERS)))
+    parser.add_argument(
+        "--systems", nargs="+", default=[""], help=f"how names begin (default all): {names}"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="seconds that a run waits for a step (default 60)"
+    )
     options = parser.parse_args()
-    kills = 3 if options.quick else options.kills
-    if kills < 1 or options.workers < 4 or options.workers % REPLICAS or options.steps < 6:
-        parser.error("--kills must be at least 1, --workers even and at least 4, --steps 6 or more")
-    shape = _shape(options.workers)
-    with scratch_folder() as scratch:
-        run = _everstep(shape, kills, options.steps, scratch / "everstep")
-        recoveries = _recoveries(run)
-        found = ", ".join(f"{recovery.seconds:.2f}" for recovery in recoveries)
-        progress(f"everstep recovered in {found} s")
-        config = load(DEMO_CONFIG, (*shape, f"train.steps={torchrun_steps(kills)}"))
-        torchrun = run_torchrun(config, kills, scratch / "torchrun")
-    _print(options.workers, run, recoveries, torchrun)
+    if options.runs < 1 or any(workers < 4 or workers % REPLICAS for workers in options.workers):
+        parser.error("--runs must be at least 1, --workers even and at least 4")
+    return options
 
 
-def _shape(workers: int) -> tuple[str, ...]:
-    degree = workers // REPLICAS
-    return (
-        "job=recovery",
-        f"cluster.nodes={REPLICAS}",
-        f"cluster.devices_per_node={degree}",
-        f"parallel.tensor={degree}",
-        f"parallel.replicas={REPLICAS}",
-        "train.dtype=float32",
-        "train.weights_digest_every=0",
-    )
+def _chosen(name: str, beginnings: Sequence[str]) -> bool:
+    return any(name.startswith(beginning) for beginning in beginnings)
 
 
-def _everstep(shape: tuple[str, ...], kills: int, spacing: int, run_dir: Path) -> EverstepRun:
-    """One run with all kills; a device returns after a quarter of the steps to the next kill."""
-    slots = next(
-        int(setting.partition("=")[2])
-        for setting in shape
-        if setting.startswith("parallel.tensor=")
-    )
-    faults: list[dict[str, Any]] = []
-    for number in range(kills):
-        step = FIRST_KILL_STEP + number * spacing
-        faults.append(
-            {
-                "at_step": step,
-                "phase": PHASES[number % len(PHASES)],
-                # Both replicas and all slots in turn, the first rank of the world among them.
-                "target": {
-                    "replica": (number + 1) % REPLICAS,
-                    "slot": (number // REPLICAS + 2 * number + 2) % slots,
-                },
-                "kind": "sigkill",
-                "heal_at_step": step + max(2, spacing // 4),
-            }
-        )
-    steps = FIRST_KILL_STEP + kills * spacing
-    progress(f"everstep: {steps} steps with {kills} kills")
-    return run_everstep(DEMO_CONFIG, (*shape, f"train.steps={steps}"), faults, run_dir)
+def _everstep(
+    options: argparse.Namespace, workers: int, scratch: Path
+) -> tuple[dict[Strike, Sequence[PhasedRecovery]], Row]:
+    phases: dict[Strike, Sequence[PhasedRecovery]] = {}
+    row: Row = {}
+    for strike in options.strikes:
+        try:
+            folder = scratch / f"{EVERSTEP} {strike}"
+            found = measure_everstep(strike, workers, options.runs, folder, options.limit)
+        except RefusedError:
+            row[strike] = Missing("not available")
+        except BenchmarkError as error:
+            row[strike] = _failed(error)
+        else:
+            phases[strike] = found
+            row[strike] = [each.recovery for each in found]
+        progress(f"{EVERSTEP}, {strike}: {cell_text(row[strike], options.limit)}")
+    return phases, row
 
 
-def _recoveries(run: EverstepRun) -> list[Recovery]:
-    failures = [entry for entry in run.journal if entry["event"] == "failure"]
-    found = []
-    for failure, summary in zip(failures, run.summary["failures"], strict=True):
-        if failure["fault_at"] is None or summary["recover_seconds"] is None:
-            raise BenchmarkError(f"a failure that nobody injected, or without an end: {summary}")
-        plan = next(
-            entry
-            for entry in run.journal
-            if entry["event"] == "plan" and entry["generation"] > failure["generation"]
-        )
-        done = {
-            entry["phase"]: entry["done_at"]
-            for entry in run.journal
-            if entry["event"] == "phase_done" and entry["generation"] == plan["generation"]
-        }
-        times = (
-            failure["fault_at"],
-            failure["detected_at"],
-            done["quiesce"],
-            plan["at"],
-            done["rebuild"],
-            done["reshard"],
-            done["resume"],
-            failure["fault_at"] + summary["recover_seconds"],
-        )
-        split = tuple(after - before for before, after in pairwise(times))
-        found.append(Recovery(summary["recover_seconds"], split))
+def _row(peer: Peer, options: argparse.Namespace, config: RunConfig, scratch: Path) -> Row:
+    if not peer.is_installed():
+        missing = Missing("not installed: make bench installs it")
+        return dict.fromkeys(options.strikes, missing)
+    return {strike: _cell(peer, strike, options, config, scratch) for strike in options.strikes}
+
+
+def _cell(
+    peer: Peer, strike: Strike, options: argparse.Namespace, config: RunConfig, scratch: Path
+) -> Cell:
+    found: list[Recovery] = []
+    for number in range(options.runs):
+        try:
+            folder = scratch / f"{strike} {number}"
+            found.append(measure(peer, strike, number, config, folder, options.limit))
+        except BenchmarkError as error:
+            # What the other runs of this peer found stays.
+            return _failed(error)
+        progress(f"{peer.name}, {strike}: {cell_text(found[-1:], options.limit)}")
+        if len(found) == HOPELESS_RUNS and all(math.isinf(each.seconds) for each in found):
+            break
     return found
 
 
-def _at_full_degree(run: EverstepRun) -> int:
-    """How many failures struck while no slot was vacant."""
-    full = next(entry for entry in run.journal if entry["event"] == "plan")["degrees"]
-    count, degrees = 0, full
-    for entry in run.journal:
-        if entry["event"] == "plan":
-            degrees = entry["degrees"]
-        elif entry["event"] == "failure":
-            count += degrees == full
-    return count
+def _failed(error: BenchmarkError) -> Missing:
+    progress(str(error))
+    return Missing("failed")
 
 
-def _print(
-    workers: int, run: EverstepRun, recoveries: Sequence[Recovery], torchrun: Sequence[Kill]
-) -> None:
-    lost, redone = sum(k.lost_steps for k in torchrun), sum(k.redone_steps for k in torchrun)
-    rows = [
-        Row(
-            "everstep",
-            [recovery.seconds for recovery in recoveries],
-            run.summary["lost_steps"],
-            run.summary["redone_steps"],
-        ),
-        Row("torchrun", [k.recover_seconds for k in torchrun], lost, redone),
-        Row("torchrun, first redone step", [k.first_step_seconds for k in torchrun], lost, redone),
-    ]
-    console = Console()
-    console.print(_times_table(rows, workers))
-    console.print(_split_table(recoveries))
-    console.print(
-        f"{_at_full_degree(run)} of {len(recoveries)} kills of everstep hit a job at full degree;"
-        f" torchrun saved a checkpoint every {CHECKPOINT_STEPS} steps, and"
-        f" {median(kill.ready_seconds for kill in torchrun):.1f} s of its median are processes that"
-        " end, start, import, meet and load."
+def _table(rows: Mapping[str, Row], options: argparse.Namespace, workers: int) -> Table:
+    title = (
+        f"seconds from a failure to the next completed step, {workers} workers: median"
+        f" (least .. most) of {options.runs} runs, steps lost"
     )
-    everstep, other = median(rows[0].seconds), median(rows[1].seconds)
-    ratio = other / everstep
-    limit = (
-        _verdict(everstep <= TARGET_SECONDS)
-        if workers == TARGET_WORKERS
-        else f"not judged with {workers}"
-    )
-    console.print(
-        f"targets: median <= {TARGET_SECONDS} s with {TARGET_WORKERS} workers: {limit};"
-        f" >= {TARGET_RATIO:g}x faster than torchrun: {_verdict(ratio >= TARGET_RATIO)}"
-        f" ({ratio:.1f}x)"
-    )
-
-
-def _times_table(rows: Sequence[Row], workers: int) -> Table:
-    kills = len(rows[0].seconds)
-    table = Table(
-        title=f"SIGKILL to the next committed step, seconds: {workers} workers, {kills} kills"
-    )
+    table = Table(title=title)
     table.add_column("")
-    for name in ("median", "min", "max", "lost", "redone", "ratio"):
-        table.add_column(name, justify="right")
-    base = median(rows[0].seconds)
-    for row in rows:
-        middle = median(row.seconds)
-        times = (middle, min(row.seconds), max(row.seconds))
-        table.add_row(
-            row.name,
-            *(f"{seconds:.2f}" for seconds in times),
-            str(row.lost_steps),
-            str(row.redone_steps),
-            f"{middle / base:.1f}",
-        )
+    for strike in options.strikes:
+        table.add_column(strike.value, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(cell_text(row[strike], options.limit) for strike in options.strikes))
     return table
 
 
-def _split_table(recoveries: Sequence[Recovery]) -> Table:
-    table = Table(title="everstep's seconds by phase")
+def _phase_table(phases: Mapping[Strike, Sequence[PhasedRecovery]], workers: int) -> Table:
+    table = Table(title=f"{EVERSTEP}'s seconds by phase, {workers} workers: medians")
     table.add_column("")
-    for name in SPLIT:
+    for name in PARTS:
         table.add_column(name, justify="right")
-    parts = list(zip(*(recovery.split for recovery in recoveries), strict=True))
-    for label, of in (("median", median), ("min", min), ("max", max)):
-        table.add_row(label, *(f"{of(part):.3f}" for part in parts))
+    for strike, recoveries in phases.items():
+        parts = zip(*(recovery.parts for recovery in recoveries), strict=True)
+        table.add_row(strike.value, *(f"{median(part):.3f}" for part in parts))
     return table
 
 
-def _verdict(met: bool) -> str:
-    return "met" if met else "missed"
+def _verdicts(rows: Mapping[str, Row], strikes: Sequence[Strike], workers: int) -> list[str]:
+    """How everstep stands against its targets and against the fastest peer."""
+    lines = []
+    for strike in strikes:
+        if EVERSTEP not in rows or isinstance(rows[EVERSTEP][strike], Missing):
+            continue
+        seconds = median_seconds(rows[EVERSTEP][strike])
+        if (target := TARGETS.get((strike, workers))) is not None:
+            verdict = "met" if seconds <= target else "missed"
+            lines.append(f"{strike}, {workers} workers: at most {target:g} s: {verdict}")
+        others = {name: median_seconds(row[strike]) for name, row in rows.items()}
+        del others[EVERSTEP]
+        fastest = min(others, key=others.__getitem__, default=None)
+        if fastest is not None and math.isfinite(others[fastest]):
+            ratio = others[fastest] / seconds
+            lines.append(f"{strike}, {workers} workers: {ratio:.1f} x as fast as {fastest}")
+    return lines
 
 
 if __name__ == "__main__":
