@@ -68,21 +68,25 @@ def measure(
 
 def _fault(strike: Strike, number: int, slots: int) -> dict[str, Any]:
     step = FIRST_STEP + number * SPACING
+    fault: dict[str, Any] = {"at_step": step, "heal_at_step": step + SPACING // 4}
+    phase = PHASES[number % len(PHASES)]
     slot = {
         # Both replicas and all slots in turn, the first rank of the world among them.
         "replica": (number + 1) % REPLICAS,
         "slot": (number // REPLICAS + 2 * number + 2) % slots,
     }
-    last_node = REPLICAS - 1
-    target, kind = {
-        Strike.SIGKILL: (slot, "sigkill"),
-        Strike.SIGSTOP: (slot, "sigstop"),
-        Strike.RAISE: (slot, "raise"),
-        Strike.AGENT_KILL: ({"component": "agent", "node": last_node}, "sigkill"),
-        Strike.NODE_LOSS: ({"node": last_node}, "sigkill"),
-    }[strike]
-    fault = {"at_step": step, "target": target, "kind": kind, "heal_at_step": step + SPACING // 4}
-    return fault if "component" in target else {**fault, "phase": PHASES[number % len(PHASES)]}
+    node = {"node": REPLICAS - 1}
+    match strike:
+        case Strike.SIGKILL:
+            return {**fault, "phase": phase, "target": slot, "kind": "sigkill"}
+        case Strike.SIGSTOP:
+            return {**fault, "phase": phase, "target": slot, "kind": "sigstop"}
+        case Strike.RAISE:
+            return {**fault, "phase": phase, "target": slot, "kind": "raise"}
+        case Strike.AGENT_KILL:
+            return {**fault, "target": {"component": "agent", **node}, "kind": "sigkill"}
+        case Strike.NODE_LOSS:
+            return {**fault, "target": node, "kind": "sigkill"}
 
 
 def _recoveries(run: EverstepRun) -> list[PhasedRecovery]:

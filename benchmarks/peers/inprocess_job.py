@@ -24,30 +24,28 @@ from benchmarks.peers.training import Job, begin, train
 
 
 class ShutConnections(Abort):  # type: ignore[misc]  # untyped, and optional
-    """Shut down every connection of this process but those that are there `before` its groups."""
-
-    def __init__(self) -> None:
-        self.before: set[int] = set()
+    """Shut down every connection of this process but those of the wrapper's store."""
 
     def __call__(self, state: Any) -> Any:
         """Called by the wrapper's thread; returns `state`."""
-        for descriptor in connections() - self.before:
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as open_one:
-                open_one.shutdown(socket.SHUT_RDWR)
+        store = int(os.environ["MASTER_PORT"])
+        for each in psutil.Process().net_connections("tcp"):
+            if each.raddr and store not in (each.laddr.port, each.raddr.port):
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(each.fd)) as found:
+                    found.shutdown(socket.SHUT_RDWR)
         return state
 
 
 def main() -> None:
     """Train to the end, in as many calls as it takes."""
     job = begin()
-    abort = ShutConnections()
-    settings = {} if job.settings == "default" else _tuned(abort)
+    settings = {} if job.settings == "default" else _tuned()
     degree = job.config.parallel.tensor
     assignment = inprocess.Compose(ActiveWorldSizeDivisibleBy(degree), ShiftRanks())
-    inprocess.Wrapper(rank_assignment=assignment, **settings)(run)(job, abort)
+    inprocess.Wrapper(rank_assignment=assignment, **settings)(run)(job)
 
 
-def run(job: Job, abort: ShutConnections, call: inprocess.CallWrapper | None = None) -> None:
+def run(job: Job, call: inprocess.CallWrapper | None = None) -> None:
     """One call of the wrapped function; the wrapper fills in `call`."""
     assert call is not None
     if dist.is_initialized():
@@ -56,7 +54,6 @@ def run(job: Job, abort: ShutConnections, call: inprocess.CallWrapper | None = N
     # The wrapper's own store: rank 0 serves it as long as it lives.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-    abort.before = connections()
     dist.init_process_group(
         "gloo",
         store=dist.PrefixStore(f"call{call.iteration}", store),
@@ -71,24 +68,18 @@ def run(job: Job, abort: ShutConnections, call: inprocess.CallWrapper | None = N
         dist.destroy_process_group()
 
 
-def connections() -> set[int]:
-    """Descriptors of this process's established connections."""
-    found = psutil.Process().net_connections("tcp")
-    return {each.fd for each in found if each.status == psutil.CONN_ESTABLISHED}
-
-
-def _tuned(abort: ShutConnections) -> dict[str, Any]:
-    interval = timedelta(milliseconds=50)
+def _tuned() -> dict[str, Any]:
+    interval = timedelta(milliseconds=100)
     return {
-        "abort": abort,
+        "abort": ShutConnections(),
         "monitor_thread_interval": interval,
         "monitor_process_interval": interval,
         "progress_watchdog_interval": interval,
         "last_call_wait": interval,
         "heartbeat_interval": timedelta(milliseconds=200),
         "heartbeat_timeout": timedelta(seconds=2),
-        "soft_timeout": timedelta(seconds=2),
-        "hard_timeout": timedelta(seconds=3),
+        "soft_timeout": timedelta(seconds=5),
+        "hard_timeout": timedelta(seconds=7),
         "termination_grace_time": timedelta(milliseconds=100),
     }
 

@@ -25,6 +25,7 @@ def main() -> None:
     job = begin()
     dist.init_process_group("gloo", timeout=job.timeout)
     slot = SlotRef(int(os.environ["REPLICA_GROUP_ID"]), dist.get_rank())
+    assert dist.group.WORLD is not None
     model = BareModel(job.config, slot, dist.group.WORLD)
     teller = Teller(job.fifo, slot.replica, slot.slot)
     request = RaiseOnRequest(teller)
