@@ -3,11 +3,16 @@
     python -m benchmarks.recovery [--runs 10] [--workers 4 8] [--strikes ...] [--systems ...]
 
 Theory of operation. All train the model of configs/demo.yaml in float32, as two replicas of CPU
-workers, each replica on a node with an agent of its own; nobody has a spare. Every strike comes
-from outside (`benchmarks.strikes`): SIGKILL or SIGSTOP of a worker, an exception in one, SIGKILL of
+workers, each replica on a node with an agent of its own; nobody has a spare. The strikes
+(`benchmarks.strikes`): SIGKILL or SIGSTOP of a worker, an exception in one, SIGKILL of
 a node's agent (its workers die with it), and of an agent and its workers at once. The seconds run
 to the first step that the job completes with whom it has then. Steps lost had been completed and
 were done again, as those after the newest of the checkpoints that peers save every ten steps.
+
+A version of everstep whose agents live in the launcher loses the workers of a node without their
+agent, and has no agent to kill. Its strikes alternate between the replicas and between the phases
+of a step; those of peers hit the last replica, half a step after a step, as a peer's store may live
+on the first node.
 
 The peers run the same model and step (`benchmarks.bare_model`), without everstep's runtime, from
 `benchmarks.peers`. A peer that is not installed, or fails, has that in its cells. A run without a
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -44,6 +50,9 @@ from trainer.config_file import load
 
 EVERSTEP = "everstep"
 ENDLESS_STEPS = 1_000_000
+PLAIN_WIDTH = 200
+"""Columns of tables that go into a file or a pipe."""
+
 HOPELESS_RUNS = 2
 
 TARGETS = {
@@ -60,7 +69,7 @@ Row = dict[Strike, Cell]
 def main() -> None:
     """Measure and print."""
     options = _options()
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH)
     peers = [peer for peer in PEERS if _chosen(peer.name, options.systems)]
     for workers in options.workers:
         rows: dict[str, Row] = {}
@@ -139,16 +148,19 @@ def _cell(
         try:
             folder = scratch / f"{strike} {number}"
             found.append(measure(peer, strike, number, config, folder, options.limit))
-        except BenchmarkError as error:
-            # What the other runs of this peer found stays.
-            return _failed(error)
+        except (BenchmarkError, OSError) as error:
+            # A later run that never came to its strike takes nothing from the others.
+            if not found:
+                return _failed(error)
+            progress(str(error))
+            continue
         progress(f"{peer.name}, {strike}: {cell_text(found[-1:], options.limit)}")
         if len(found) == HOPELESS_RUNS and all(math.isinf(each.seconds) for each in found):
             break
     return found
 
 
-def _failed(error: BenchmarkError) -> Missing:
+def _failed(error: Exception) -> Missing:
     progress(str(error))
     return Missing("failed")
 
@@ -156,7 +168,7 @@ def _failed(error: BenchmarkError) -> Missing:
 def _table(rows: Mapping[str, Row], options: argparse.Namespace, workers: int) -> Table:
     title = (
         f"seconds from a failure to the next completed step, {workers} workers: median"
-        f" (least .. most) of {options.runs} runs, steps lost"
+        f" (least .. most) of up to {options.runs} runs, steps lost"
     )
     table = Table(title=title)
     table.add_column("")

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 
 class Strike(StrEnum):
-    """One way to fail, from outside and without a warning."""
+    """One way to fail, without a warning."""
 
     SIGKILL = "SIGKILL"
     SIGSTOP = "SIGSTOP"
