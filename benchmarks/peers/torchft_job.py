@@ -1,6 +1,8 @@
 """A rank under torchft: each replica is a replica group of its own, started by its own torchrun.
 
 A failed rank takes its replica out of the quorum; the others go on without its part of the batch.
+Only collectives get the job's timeout: the manager's own must be longer, or a rank gives up while
+it waits for another of its replica whose collective has yet to time out.
 Its settings are ``default`` or the seconds between a manager's heartbeats.
 """
 
@@ -46,7 +48,6 @@ def main() -> None:
         load_state_dict=load,
         state_dict=state,
         min_replica_size=1,
-        timeout=job.timeout,
         replica_id=f"replica{slot.replica}",
         hostname="127.0.0.1",
         # All replicas are initialised alike.
