@@ -20,7 +20,7 @@ PR_SET_CHILD_SUBREAPER = 36
 @contextlib.contextmanager
 def no_offspring() -> Iterator[None]:
     """Kill every process that was started within the block, directly or not, at its end."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _adopt_orphans(True)
     before = _children()
     try:
         yield
@@ -31,6 +31,11 @@ def no_offspring() -> Iterator[None]:
                 os.kill(pid, signal.SIGKILL)
             for pid in new:
                 os.waitpid(pid, 0)
+        _adopt_orphans(False)
+
+
+def _adopt_orphans(adopt: bool) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(adopt))
 
 
 def _children() -> set[int]:

@@ -19,7 +19,7 @@ from benchmarks.peers.told import Progress, Teller, Told, listen
 from benchmarks.strikes import Missing, Recovery, cell_text, median_seconds
 
 DETACHES = """
-import os, signal, sys, time
+import os, signal, sys
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
