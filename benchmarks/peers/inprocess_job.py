@@ -78,8 +78,9 @@ def _tuned() -> dict[str, Any]:
         "last_call_wait": interval,
         "heartbeat_interval": timedelta(milliseconds=200),
         "heartbeat_timeout": timedelta(seconds=2),
-        "soft_timeout": timedelta(seconds=5),
-        "hard_timeout": timedelta(seconds=7),
+        # Shorter ones strike while ranks build the model, or wait for others that do.
+        "soft_timeout": timedelta(seconds=8),
+        "hard_timeout": timedelta(seconds=15),
         "termination_grace_time": timedelta(milliseconds=100),
     }
 
