@@ -227,7 +227,7 @@ class Life:
             match message:
                 case Ready():
                     self.ready.add(worker.member)
-                    self._outbox.put(self._record())
+                    self.changed()
                 case Quiesced():
                     if message.generation == self._answering:
                         self.given.append(message)
@@ -282,13 +282,17 @@ class Life:
         self._outbox.put(Failed(failure, None, None, None))
         self._awaited.discard(member)
         self._answer_if_complete()
-        self._outbox.put(self._record())
+        self.changed()
         if returns == "at once":
             self._spawn(member.device)
         elif returns == "later":
             self._process.after(
                 5.0 + 20.0 * self._world.clock.rng.random(), self._spawn, member.device
             )
+
+    def changed(self) -> None:
+        """Other workers are ready than before."""
+        self._outbox.put(self._record())
 
     # To the store, in order, by one task.
 

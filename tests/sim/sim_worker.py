@@ -51,7 +51,7 @@ class StepAborted(RuntimeError):
 
 
 class SimWorker:
-    """One process. `line` is called when it has written to its agent, into `pipe`."""
+    """One process. `line` is called when it has written into `pipe`, to its agent."""
 
     def __init__(self, world: World, member: Member, line: Callable[[SimWorker], None]) -> None:
         self.member = member
@@ -78,7 +78,7 @@ class SimWorker:
         self._inbox: deque[AgentMessage] = deque()
         self._receiving: int | None = None
         self._in_model = False
-        self._line = line
+        self.line = line
         self._building: Comm | None = None
         self._held: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._thread = self._life()
@@ -448,7 +448,7 @@ class SimWorker:
 
     def _send(self, message: WorkerMessage) -> None:
         self.pipe.append(message)
-        self._line(self)
+        self.line(self)
 
     def _done(self, phase: RecoveryPhase) -> None:
         self._send(PhaseDone(self.generation, self.member, phase, self.clock.now))

@@ -10,7 +10,7 @@ import pytest
 import sim_candidate
 from clock import Violation
 from links import Broken
-from sim_agent import Life
+from sim_agent import Life, SimAgent
 from sim_process import Wait
 from sim_store import SimStore
 from sim_worker import SimWorker
@@ -63,7 +63,8 @@ def test_a_stale_plan_that_is_adopted_is_found(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(SimWorker, "may_adopt", anything)
     found = first_violation()[0]
-    assert "overtaken by" in found
+    # Whoever acts on it alone waits for others, and is not there when these wait for it.
+    assert any(words in found for words in ("overtaken by", "stuck", "but answered"))
 
 
 def test_a_failed_member_that_stays_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +132,7 @@ def test_a_fresh_worker_that_counts_as_a_survivor_is_found(monkeypatch: pytest.M
 
     monkeypatch.setattr(planner, "_survivors", everybody)
     found = first_violation()[0]
-    assert "to send" in found
+    assert "to send" in found or "too much or too little" in found
 
 
 def test_a_slot_that_lacks_a_stage_but_is_active_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,15 +222,18 @@ def test_a_node_that_is_cut_off_and_commits_alone_is_found(monkeypatch: pytest.M
 def test_an_agent_that_takes_its_old_workers_up_again_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    left: dict[int, Life] = {}
+    left: dict[SimAgent, Life] = {}
     begin = Life.begin
 
     def spare(life: Life) -> None:
-        left[id(life.agent)] = life
+        left[life.agent] = life
 
     def take_up(life: Life) -> None:
-        if (before := left.get(id(life.agent))) is not None:
+        if (before := left.pop(life.agent, None)) is not None:
             life.processes, life.ready = before.processes, before.ready
+            for worker in life.processes.values():
+                worker.line = life.wrote
+            life.changed()
         begin(life)
 
     monkeypatch.setattr(Life, "kill_all", spare)
