@@ -15,7 +15,7 @@ from typing import Any
 
 from clock import Clock
 from network import WAIT_SECONDS, Network
-from sim_process import Wait
+from sim_process import Wait, Waiter
 
 from elastic.topology import Member
 
@@ -48,26 +48,28 @@ class Comm:
         self._cut: set[int] = set()
         self._count = [0] * len(members)
         self._given: dict[int, dict[int, Any]] = {}
-        self._waiting: dict[int, tuple[Any, int, int]] = {}
+        self._waiting: dict[int, tuple[Waiter, int, int]] = {}
         self._arrived: set[int] = set()
         self._posted: dict[int, Any] = {}
-        self._receiving: dict[int, tuple[Any, int, frozenset[int]]] = {}
+        self._receiving: dict[int, tuple[Waiter, int, frozenset[int]]] = {}
 
     def intact(self, member: Member, members: Sequence[Member]) -> bool:
         """What the member itself believes: it did not sever its end."""
         return self.members == tuple(members) and self._ranks[member] not in self._severed
 
-    def build(self, timeout: float) -> Wait:
+    # As waits of a member's task.
+
+    def build(self, member: Member, timeout: float) -> Wait:
         """Wait until every member came; the result is this communicator."""
-        return lambda waiter: self._build(waiter, timeout)
+        return lambda task: self._build(self._ranks[member], task, timeout)
 
-    def join(self, value: Any) -> Wait:
+    def join(self, member: Member, value: Any = None) -> Wait:
         """Contribute to the next collective; the result is what all members gave."""
-        return lambda waiter: self._join(waiter, value)
+        return lambda task: self._join(self._ranks[member], task, value)
 
-    def exchange(self, letters: Any, sources: frozenset[Member]) -> Wait:
+    def exchange(self, member: Member, letters: Any, sources: frozenset[Member]) -> Wait:
         """Post letters; the result is what each of `sources` posted, once all of them did."""
-        return lambda waiter: self._exchange(waiter, letters, sources)
+        return lambda task: self._exchange(self._ranks[member], task, letters, sources)
 
     def sever(self, member: Member) -> None:
         """The member ends this communicator on its side."""
@@ -95,11 +97,10 @@ class Comm:
     def _notices(self, peer: int, gone: int) -> bool:
         return not self._star or peer == 0 or gone == 0
 
-    def _build(self, waiter: Any, timeout: float) -> None:
-        me = self._ranks[waiter.member]
+    def _build(self, me: int, task: Waiter, timeout: float) -> None:
         self._arrived.add(me)
-        self._waiting[me] = (waiter, waiter.token, -1)
-        self._clock.after(timeout, self._fail, me, waiter.token, "never appeared")
+        self._waiting[me] = (task, task.token, -1)
+        self._clock.after(timeout, self._fail, me, task.token, "never appeared")
         if len(self._arrived) == len(self.members):
             for each, (_, token, _) in list(self._waiting.items()):
                 self._clock.after(self._clock.delay(), self._built, each, token)
@@ -108,11 +109,11 @@ class Comm:
         if self._network.meets(self._rendezvous, self.members):
             self._finish(rank, token, self, range(len(self.members)))
 
-    def _join(self, waiter: Any, value: Any) -> None:
-        me, token = self._ranks[waiter.member], waiter.token
+    def _join(self, me: int, task: Waiter, value: Any) -> None:
+        token = task.token
         index = self._count[me]
         self._count[me] += 1
-        self._waiting[me] = (waiter, token, index)
+        self._waiting[me] = (task, token, index)
         if me in self._severed:
             self._fail_soon(me, token, "severed here")
             return
@@ -145,10 +146,10 @@ class Comm:
                     self._clock.after(self._clock.delay(), self._finish, other, wait, given, (0,))
         self._pop(rank).advance(token, given)
 
-    def _exchange(self, waiter: Any, letters: Any, sources: frozenset[Member]) -> None:
-        me, token = self._ranks[waiter.member], waiter.token
+    def _exchange(self, me: int, task: Waiter, letters: Any, sources: frozenset[Member]) -> None:
+        token = task.token
         wanted = frozenset(self._ranks[source] for source in sources)
-        self._receiving[me] = (waiter, token, wanted)
+        self._receiving[me] = (task, token, wanted)
         if me in self._severed:
             self._fail_soon(me, token, "severed here")
             return
@@ -197,6 +198,6 @@ class Comm:
         self._network.when_healed(action, *arguments)
         self._clock.after(WAIT_SECONDS, self._fail, rank, token, "timed out")
 
-    def _pop(self, rank: int) -> Any:
+    def _pop(self, rank: int) -> Waiter:
         found = self._waiting.pop(rank, None) or self._receiving.pop(rank)
         return found[0]

@@ -100,20 +100,20 @@ class Luck:
                 self._flap(victim.member.device, strike.victims + 2)
             case Kind.CUT:
                 self._clock.tell("the connections of %s break", victim.member)
-                for comm in victim.comms.values():
+                for comm in victim.groups.comms.values():
                     comm.cut(victim.member)
 
     def _hang(self, worker: SimWorker, seconds: float) -> None:
         clock = self._clock
         clock.tell("%s hangs in step %d", worker.member, worker.session.step)
-        worker.hung = True
+        worker.process.stopped = True
         clock.after(HANG_NOTICED_SECONDS, self._give_up, worker)
         clock.after(1.0 + 8.0 * clock.rng.random(), self._fence_if_hung, worker)
         if clock.rng.random() < 0.4:
             clock.after(seconds, self._wake, worker)
 
     def _give_up(self, worker: SimWorker) -> None:
-        if worker.hung:
+        if worker.hung and not worker.dead:
             self._world.sever(worker)
 
     def _fence_if_hung(self, worker: SimWorker) -> None:
@@ -124,7 +124,7 @@ class Luck:
         if not worker.dead and worker.hung:
             self._clock.tell("%s goes on", worker.member)
             worker.excused_until = self._clock.now + HANG_NOTICED_SECONDS
-            worker.wake()
+            worker.process.resume()
 
     def _fence(self, worker: SimWorker) -> None:
         agent = self._world.agents[worker.member.device.node]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from elastic.plan import Plan
+from elastic.plan import Plan, StateSource
+from elastic.topology import Member
 from ntp.atoms import Axis
 from ntp.geometry import SlotRef
 from ntp.reshard_plan import kept_ranges
@@ -49,8 +50,20 @@ def sent(plan: Plan, stage: int, slot: SlotRef, values: Values) -> dict[tuple[Sl
     return letters
 
 
-def kept(plan: Plan, slot: SlotRef, values: Values) -> Values:
-    """What stays of the values of `slot`."""
+def senders(plan: Plan, stage: int, slot: SlotRef) -> set[Member]:
+    """Who sends something to `slot`."""
+    members = {
+        a.coordinate.slot_ref: a.member for a in plan.participants if a.coordinate.stage == stage
+    }
+    return {members[move.source] for move in plan.reshard[stage].moves if move.target == slot}
+
+
+def begun(plan: Plan, stage: int, slot: SlotRef, values: Values) -> Values:
+    """What `slot` has of its new values before any are received."""
+    if plan.state_source is StateSource.INITIALIZE:
+        return {piece: initial(piece, stage) for piece in owned(plan, slot)}
+    if not values:
+        return {}
     assert plan.source_layout is not None
     staying: Values = {REPLICATED: values[REPLICATED]}
     for axis, atoms in kept_ranges(plan.source_layout, plan.layout, slot):

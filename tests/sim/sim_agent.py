@@ -60,7 +60,7 @@ class SimAgent:
     def start(self) -> None:
         """An agent is started on the node."""
         self.process = Process(self.world.clock, f"agent {self.node}")
-        Task(self._run()).start()
+        Task(self.process, self._run()).start()
 
     def kill(self) -> None:
         """The agent dies, and its workers with it."""
@@ -117,7 +117,7 @@ class Life:
         store.leases_end(lease, lambda: self._ended.decide(False))
         own = agent_key(JOB, node)
         watches: list[Callable[[], None]] = []
-        writing = Task(self._write(lease))
+        writing = Task(process, self._write(lease))
         try:
             yield from create_when_free(store, process, own, self._record(), lease)
             seen, revision = yield store.get_prefix(process, COMMANDS)
@@ -194,9 +194,9 @@ class Life:
                 # A plan may be overtaken by the next announcement, but not by the next plan.
                 late = 2.0 * clock.rng.random() if clock.rng.random() < 0.2 else 0.0
                 worker.plan_due = max(worker.plan_due, clock.now + late)
-                clock.after(worker.plan_due - clock.now, worker.hear, message)
+                clock.after(worker.plan_due - clock.now, worker.process.call, worker.hear, message)
             else:
-                clock.after(0.0, worker.hear, message)
+                clock.after(0.0, worker.process.call, worker.hear, message)
 
     def _fence(self, fence: Fence) -> None:
         if self.spares(fence.member):

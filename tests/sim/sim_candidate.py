@@ -73,7 +73,7 @@ class Candidate:
         """A process stands by."""
         self.starts += 1
         self.process = Process(self.world.clock, f"{self.name}.{self.starts}")
-        Task(self._run()).start()
+        Task(self.process, self._run()).start()
 
     def kill(self) -> None:
         """The process dies."""
@@ -138,7 +138,9 @@ class Term:
     def run(self, task: Task) -> None:
         """As a wait: lead until the job is over. Raises GuardFailed or LeaseLost."""
         self._outcome.wait(task)
-        self._tasks = [Task(self._work(), self._end), Task(self._tick(), self._end)]
+        self._tasks = [
+            Task(self._process, each, self._end) for each in (self._work(), self._tick())
+        ]
         for each in self._tasks:
             each.start()
 

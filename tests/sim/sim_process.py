@@ -58,16 +58,20 @@ class Process:
 
     def sleep(self, seconds: float) -> Wait:
         """Wait for time to pass."""
-        return lambda task: self.after(seconds, task.advance, task.token)
+        return lambda task: self._clock.after(seconds, task.advance, task.token)
 
 
 class Task:
-    """A thread of control. `ended` is called with its result, or with the store's refusal."""
+    """A thread of control. `ended` is called with its result, or with what the store refused."""
 
     def __init__(
-        self, body: Body, ended: Callable[[Any, Exception | None], None] | None = None
+        self,
+        process: Process,
+        body: Body,
+        ended: Callable[[Any, Exception | None], None] | None = None,
     ) -> None:
         self.token = 0
+        self._process = process
         self._body = body
         self._ended = ended
         self._cancelled = False
@@ -81,7 +85,10 @@ class Task:
         self._cancelled = True
 
     def advance(self, token: int, value: Any = None, error: Exception | None = None) -> None:
-        """End the wait named `token`."""
+        """End the wait named `token`, as soon as the process runs."""
+        self._process.call(self._go_on, token, value, error)
+
+    def _go_on(self, token: int, value: Any, error: Exception | None) -> None:
         if self._cancelled or token != self.token:
             return
         self.token += 1

@@ -257,7 +257,7 @@ class SimStore:
             # The client does not know whether it was heard, and will ask again.
             self._held.append((process, self._arrive, (process, operation, task, token)))
         else:
-            process.call(task.advance, token, value, error)
+            task.advance(token, value, error)
 
     def _release(self) -> None:
         held, self._held = self._held, []

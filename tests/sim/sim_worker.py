@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pieces
 from links import Broken, Comm
-from mates import GroupKey, keepable, replica_groups
 from pieces import Values, mix
-from sim_process import Wait
+from sim_groups import Groups, keepable, replica_groups
+from sim_process import Mailbox, Process, Task, Wait
 
 from elastic.messages import (
     Adopt,
@@ -31,7 +31,7 @@ from elastic.messages import (
     Stop,
     WorkerMessage,
 )
-from elastic.plan import Plan, StateSource
+from elastic.plan import Plan
 from elastic.session import Session, StepPoint, standing
 from elastic.topology import Coordinate, Member
 from ntp.geometry import SlotRef
@@ -58,9 +58,7 @@ class SimWorker:
         self.world = world
         self.clock = world.clock
         self.oracle = world.oracle
-        self.token = 0
-        self.dead = False
-        self.hung = False
+        self.process = Process(world.clock, str(member))
         self.excused_until = 0.0
         self.plan_due = 0.0
         self.session = Session()
@@ -71,64 +69,39 @@ class SimWorker:
         self.pending_generation = 0
         self.answered = 0
         self.pipe: deque[WorkerMessage] = deque()
-        self.comms: dict[GroupKey, Comm] = {}
+        self.groups = Groups(member)
         self.place = Coordinate(0, 0, 0)
         self._step_started = (0, 0)
         self._quiesce: Quiesce | None = None
-        self._inbox: deque[AgentMessage] = deque()
-        self._receiving: int | None = None
+        self._inbox = Mailbox()
         self._in_model = False
         self.line = line
         self._building: Comm | None = None
-        self._held: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._thread = self._life()
-
-    # The scheduler's side.
+        self._thread = Task(self.process, self._life())
 
     def start(self) -> None:
         """Run the training thread up to its first wait."""
-        self.advance(0)
+        self._thread.start()
 
-    def advance(self, token: int, value: Any = None, error: Exception | None = None) -> None:
-        """End the wait named `token`."""
-        if self.hung:
-            self._held.append((self.advance, (token, value, error)))
-            return
-        if self.dead or token != self.token:
-            return
-        self.token += 1
-        try:
-            if error is not None:
-                self._thread.throw(error)(self)
-            else:
-                self._thread.send(value if self.token > 1 else None)(self)
-        except StopIteration:
-            return
+    @property
+    def dead(self) -> bool:
+        """Whether the process is no more."""
+        return self.process.dead
+
+    @property
+    def hung(self) -> bool:
+        """Whether the process is stopped."""
+        return self.process.stopped
 
     def hear(self, message: AgentMessage) -> None:
         """The link's thread: end what cannot complete any more, then queue the message."""
-        if self.hung:
-            self._held.append((self.hear, (message,)))
-            return
-        if self.dead:
-            return
         if isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
-                self._sever(keepable(self.plan, self.member, message.lost))
+                self.groups.sever(keepable(self.plan, self.member, message.lost))
                 if self._building is not None:
                     self._building.sever(self.member)
-        self._inbox.append(message)
-        if self._receiving is not None:
-            token, self._receiving = self._receiving, None
-            self.clock.after(0.0, self.advance, token)
-
-    def wake(self) -> None:
-        """It hung, and goes on."""
-        self.hung = False
-        while self._held and not self.hung:
-            action, arguments = self._held.popleft()
-            action(*arguments)
+        self._inbox.put(message)
 
     # The training thread.
 
@@ -146,19 +119,19 @@ class SimWorker:
         paused = False
         while not paused and self.session.step < self.world.shape.steps:
             place = self.place
-            tensor = self.comms[GroupAxis.TENSOR, (place.replica, place.stage)]
-            pipeline = self.comms.get((GroupAxis.PIPELINE, (place.replica, place.slot)))
+            tensor = self.groups.comms[GroupAxis.TENSOR, (place.replica, place.stage)]
+            pipeline = self.groups.comms.get((GroupAxis.PIPELINE, (place.replica, place.slot)))
             self.session = self.session.start()
             self._step_started = (self.generation, place.replica)
             self._in_model = True
             self.world.reached(self, "computing")
-            yield tensor.join(None)
+            yield tensor.join(self.member)
             if pipeline is not None:
-                yield pipeline.join(None)
+                yield pipeline.join(self.member)
             yield self._sleep(0.5)
-            yield tensor.join(None)
+            yield tensor.join(self.member)
             if pipeline is not None:
-                yield pipeline.join(None)
+                yield pipeline.join(self.member)
             self._in_model = False
             self._check()
             yield from self._synchronize()
@@ -177,11 +150,11 @@ class SimWorker:
     def _synchronize(self) -> Thread:
         assert self.plan is not None
         place = self.place
-        if (home := self.comms.get((GroupAxis.HOME, (place.stage, place.slot)))) is not None:
-            yield home.join(None)
+        if (home := self.groups.comms.get((GroupAxis.HOME, (place.stage, place.slot)))) is not None:
+            yield home.join(self.member)
         if any(replica.degree < self.plan.layout.tp_base for replica in self.plan.layout.replicas):
             # The exchange with the replicas where a slot is vacant.
-            yield self._stage_group.join(None)
+            yield self.groups.stage(self.place.stage).join(self.member)
 
     def vote(self) -> Generator[Wait, Any, tuple[float, ...]]:
         """`trainer.loop`'s all-reduce over all ranks."""
@@ -192,15 +165,13 @@ class SimWorker:
         speaks = first and self.place.stage == 0
         pause = self._quiesce is not None and self._quiesce.generation > self.generation
         mine = (float(self.plan.batch_split[position]) if speaks else 0.0, float(pause))
-        given = yield self._world_group.join(mine)
+        given = yield self.groups.world.join(self.member, mine)
         return sum(each[0] for each in given), sum(each[1] for each in given)
 
     def _await_plan(self) -> Generator[Wait, Any, Plan | None]:
         announced = self.generation
         while True:
-            while not self._inbox:
-                yield self._receive
-            match self._inbox.popleft():
+            match (yield self._inbox.get):
                 case Quiesce() as quiesce:
                     announced = quiesce.generation
                     self._answer(quiesce)
@@ -237,7 +208,7 @@ class SimWorker:
         self.place = plan.participants[rank].coordinate
         yield from self._build(plan, rank)
         self._check()
-        digests = yield self._meeting.join(self.world.digest(plan))
+        digests = yield self.groups.meeting.join(self.member, self.world.digest(plan))
         self.clock.check(len(set(digests)) == 1, "the ranks hold different plans")
         self._done(RecoveryPhase.REBUILD)
         yield from self._reshard(plan)
@@ -245,7 +216,7 @@ class SimWorker:
             self.pending_generation = plan.generation
             self.session = replace(self.session, committed=plan.resume_step - 1)
         self._done(RecoveryPhase.RESHARD)
-        yield self._meeting.join(None)
+        yield self.groups.meeting.join(self.member)
         if donates:
             self._done(RecoveryPhase.RESUME)
             self.leave()
@@ -261,58 +232,45 @@ class SimWorker:
             if self.place.replica in plan.kept_replicas
             else {}
         )
-        for key in [key for key in self.comms if key not in kept]:
-            self.comms.pop(key).sever(self.member)
+        self.groups.close(kept)
         for spec in self.world.groups_of(plan, rank):
             key = (spec.axis, spec.index)
             names = tuple(plan.participants[r].member for r in spec.ranks)
             if key in kept:
-                live = self.comms.get(key)
+                live = self.groups.comms.get(key)
                 if live is None or not live.intact(self.member, names):
                     self.clock.tell("%s finds its kept group %s severed", self.member, key)
                     raise Broken(f"{key} was to be kept, but was severed meanwhile")
                 continue
             self._building = self.world.communicator(plan, key, names)
             try:
-                self.comms[key] = yield self._building.build(BUILD_SECONDS)
+                self.groups.comms[key] = yield self._building.build(self.member, BUILD_SECONDS)
             finally:
                 self._building = None
 
     def _reshard(self, plan: Plan) -> Thread:
         stage, slot = self.place.stage, self.slot
-        placed = {
-            a.coordinate.slot_ref: a.member
-            for a in plan.participants
-            if a.coordinate.stage == stage
-        }
-        moves = plan.reshard[stage].moves
-        sources = frozenset(placed[move.source] for move in moves if move.target == slot)
         try:
             letters = pieces.sent(plan, stage, slot, self.values)
         except KeyError as piece:
             raise self.clock.violation(f"{self.member} is to send {piece}, lacks it") from piece
-        posted = yield self._meeting.exchange(letters, sources)
-        if slot not in plan.layout.slots():
-            return
-        after: Values = {}
-        if plan.state_source is StateSource.INITIALIZE:
-            after = {p: pieces.initial(p, stage) for p in pieces.owned(plan, slot)}
-        elif self.values:
-            after = pieces.kept(plan, slot, self.values)
-        for letters in posted:
-            gained = pieces.received(letters, slot)
-            twice = sorted(map(str, gained.keys() & after.keys()))
-            self.clock.check(not twice, "%s gets %s twice", slot, twice)
-            after |= gained
-        self.pending = after
+        sources = frozenset(pieces.senders(plan, stage, slot))
+        posted = yield self.groups.meeting.exchange(self.member, letters, sources)
+        if slot in plan.layout.slots():
+            after = pieces.begun(plan, stage, slot, self.values)
+            for letters in posted:
+                gained = pieces.received(letters, slot)
+                twice = sorted(map(str, gained.keys() & after.keys()))
+                self.clock.check(not twice, "%s gets %s twice", slot, twice)
+                after |= gained
+            self.pending = after
 
     # What the training thread does between waits.
 
     def leave(self) -> None:
         """Others go on without this worker (`Worker.leave`)."""
-        for comm in self.comms.values():
-            comm.sever(self.member)
-        self.comms, self.values, self.pending = {}, {}, None
+        self.groups.close()
+        self.values, self.pending = {}, None
         self.plan, self.session = None, Session()
         self.layout_generation = self.pending_generation = 0
 
@@ -389,13 +347,13 @@ class SimWorker:
             )
         groups = replica_groups(self.plan, self.member)
         intact = bool(groups) and all(
-            (live := self.comms.get(key)) is not None and live.intact(self.member, names)
+            (live := self.groups.comms.get(key)) is not None and live.intact(self.member, names)
             for key, names in groups.items()
         )
         self._send(Quiesced(quiesce.generation, self.member, held, intact, self.clock.now))
 
     def _interrupted(self, error: Exception) -> None:
-        self._sever(keepable(self.plan, self.member) if self.may_keep() else frozenset())
+        self.groups.sever(keepable(self.plan, self.member) if self.may_keep() else frozenset())
         if self._quiesce is None or self._quiesce.generation <= self.generation:
             self._send(ConnectionLost(self.generation, self.member, str(error)))
 
@@ -422,29 +380,12 @@ class SimWorker:
         return self.plan.generation if self.plan else 0
 
     @property
-    def _world_group(self) -> Comm:
-        return self.comms[GroupAxis.WORLD, ()]
-
-    @property
-    def _meeting(self) -> Comm:
-        return self.comms.get((GroupAxis.MEETING, ())) or self._world_group
-
-    @property
-    def _stage_group(self) -> Comm:
-        return self.comms.get((GroupAxis.STAGE, (self.place.stage,)), self._world_group)
-
-    @property
     def slot(self) -> SlotRef:
         """This worker's slot, as the geometry of its stage names it."""
         return self.place.slot_ref
 
     def _takes_part(self, plan: Plan) -> bool:
         return any(assignment.member == self.member for assignment in plan.participants)
-
-    def _sever(self, keep: frozenset[GroupKey]) -> None:
-        for key, comm in self.comms.items():
-            if key not in keep:
-                comm.sever(self.member)
 
     def _send(self, message: WorkerMessage) -> None:
         self.pipe.append(message)
@@ -453,9 +394,6 @@ class SimWorker:
     def _done(self, phase: RecoveryPhase) -> None:
         self._send(PhaseDone(self.generation, self.member, phase, self.clock.now))
 
-    def _receive(self, waiter: SimWorker) -> None:
-        self._receiving = self.token
-
     def _sleep(self, mean: float) -> Wait:
         delay = mean * (0.5 + self.clock.rng.random())
-        return lambda waiter: self.clock.after(delay, self.advance, self.token)
+        return self.process.sleep(delay)

@@ -14,11 +14,11 @@ from typing import Any
 from clock import Clock
 from links import Comm
 from luck import Luck
-from mates import GroupKey
 from network import Network
 from oracle import Oracle
 from sim_agent import SimAgent
 from sim_candidate import Candidate
+from sim_groups import GroupKey
 from sim_process import Process
 from sim_store import SimStore, Told
 from sim_worker import SimWorker
@@ -138,8 +138,7 @@ class World:
         """A worker is no more: its connections break."""
         if not worker.dead:
             self.clock.tell("%s dies in step %d", worker.member, worker.session.step)
-            worker.dead = True
-            worker.hung = False
+            worker.process.dead = True
             self.sever(worker)
 
     def sever(self, worker: SimWorker) -> None:

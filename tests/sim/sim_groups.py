@@ -1,12 +1,49 @@
-"""Who works for the same replica, and in which groups: as `elastic.worker` finds it in a plan."""
+"""A worker's communicators, and which of them belong to its replica, as `elastic.worker` has it."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+
+from links import Comm
 
 from elastic.plan import Plan
 from elastic.topology import Assignment, Member
 from ntp.groups import GroupAxis
 
 GroupKey = tuple[GroupAxis, tuple[int, ...]]
+
+
+class Groups:
+    """The communicators that `member` has, by axis and index."""
+
+    def __init__(self, member: Member) -> None:
+        self.comms: dict[GroupKey, Comm] = {}
+        self._member = member
+
+    @property
+    def world(self) -> Comm:
+        """Everybody with a place."""
+        return self.comms[GroupAxis.WORLD, ()]
+
+    @property
+    def meeting(self) -> Comm:
+        """Everybody who takes part in the change."""
+        return self.comms.get((GroupAxis.MEETING, ())) or self.world
+
+    def stage(self, stage: int) -> Comm:
+        """Everybody in the stage."""
+        return self.comms.get((GroupAxis.STAGE, (stage,)), self.world)
+
+    def sever(self, keep: Collection[GroupKey] = ()) -> None:
+        """End all but these on this member's side."""
+        for key, comm in self.comms.items():
+            if key not in keep:
+                comm.sever(self._member)
+
+    def close(self, keep: Collection[GroupKey] = ()) -> None:
+        """End all but these, and forget them."""
+        self.sever(keep)
+        self.comms = {key: comm for key, comm in self.comms.items() if key in keep}
 
 
 def replica_mates(plan: Plan | None, member: Member) -> list[Assignment]:
