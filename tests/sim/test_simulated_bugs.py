@@ -192,9 +192,9 @@ def test_a_take_over_that_counts_on_the_living_alone_is_found(
 ) -> None:
     def go_on(controller: Controller, now: float) -> list[Effect]:
         """Nobody looks who was lost while nobody led."""
-        controller.phase = Phase.REBUILDING
-        living = controller._involved() & controller._members.alive()
-        controller._adoption = Adoption(controller.generation, living)
+        job = controller._job
+        job.phase = Phase.REBUILDING
+        job.adoption = Adoption(job.generation, job.involved() & job.members.alive())
         return []
 
     monkeypatch.setattr(Controller, "_go_on", go_on)
