@@ -18,6 +18,8 @@ from ntp.process_groups import is_connection_error
 TAG, READY_TAG = 1, 2
 BYTES = 64 << 20
 """Far more than the kernel buffers for a connection, so that the sender waits for the receiver."""
+LONG_BYTES = 1 << 30
+"""A message that takes far longer to travel than a process takes to kill itself."""
 
 
 def connect(rank: Rank) -> torch.distributed.ProcessGroup:
@@ -37,13 +39,14 @@ def one_message(rank: Rank, sender: int, victim: int | None) -> tuple[str, bool]
     exchange = ConfirmedExchange(group, TAG, timedelta(seconds=TIMEOUT_SECONDS))
     ready = torch.zeros(1)
     peer = 1 - rank.rank
+    size = BYTES if victim is None else LONG_BYTES
     if rank.rank == sender:
-        tensor = torch.ones(BYTES, dtype=torch.uint8)
+        tensor = torch.ones(size, dtype=torch.uint8)
         # It follows the receiver's announcement of its receive, so that the send begins at once.
         group.recv([ready], peer, READY_TAG).wait()
         exchange.post([Message(peer, tensor)], [])
     else:
-        tensor = torch.zeros(BYTES, dtype=torch.uint8)
+        tensor = torch.zeros(size, dtype=torch.uint8)
         exchange.post([], [Message(peer, tensor)])
         group.send([ready], peer, READY_TAG).wait()
     if victim == rank.rank:

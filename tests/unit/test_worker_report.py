@@ -9,6 +9,7 @@ import torch
 from scenes import Stage, job_shape
 
 from elastic import worker as worker_module
+from elastic.heart import Heart
 from elastic.messages import StepDone
 from elastic.worker import StepFigures, Worker
 
@@ -41,7 +42,8 @@ def test_the_report_says_how_long_the_step_took_up_to_the_boundary(
     stage = Stage(job_shape())
     stage.start()
     wire, member = Wire(), stage.member(1, 0)
-    worker = Worker(member, wire, None, torch.device("cpu"))  # type: ignore[arg-type]
+    heart = Heart(member, wire, 1.0)  # type: ignore[arg-type]
+    worker = Worker(member, wire, heart, None, torch.device("cpu"))  # type: ignore[arg-type]
     worker.plan = stage.plan
     clock = iter([10.0, 12.5])
     monkeypatch.setattr(worker_module.time, "perf_counter", lambda: next(clock))
