@@ -232,10 +232,9 @@ class _Life:
 
     def failed(self, failed: Failed) -> None:
         """A worker is gone, and fenced."""
-        member = Member(failed.failure.device, failed.failure.incarnation)
-        self._statuses.pop(member, None)
+        self._statuses.pop(failed.member, None)
         self._outbox.put_nowait(failed)
-        self._answers.awaited.discard(member)
+        self._answers.awaited.discard(failed.member)
         self._answer_if_complete()
 
     def changed(self) -> None:

@@ -38,7 +38,7 @@ from elastic.effects import (
     StopRequested,
     Tick,
 )
-from elastic.job import Job, end, member_of
+from elastic.job import Job, end
 from elastic.messages import (
     AgentRecord,
     ComponentFault,
@@ -90,7 +90,7 @@ class Controller:
         for record in recorded.nodes:
             self._job.members.record(record)
         for failed in recorded.failures:
-            self._job.members.remove(member_of(failed))
+            self._job.members.remove(failed.member)
         placed = self._job.placed()
         self._job.committed = {m: step for m, step in self._job.committed.items() if m in placed}
         effects: list[Effect] = [
@@ -188,7 +188,7 @@ class Controller:
         return []
 
     def _failed(self, event: Failed, now: float) -> list[Effect]:
-        member = member_of(event)
+        member = event.member
         involved = member in self._job.involved()
         self._job.members.remove(member)
         self._job.quiescence.drop(member)

@@ -214,7 +214,7 @@ class Job:
             failed,
             phase=self.phase,
             step_in_flight=self.step_in_flight(),
-            placed=member_of(failed) in self.involved() or not self.plans,
+            placed=failed.member in self.involved() or not self.plans,
             generation=max(self.plans, default=0),
         )
 
@@ -222,8 +222,3 @@ class Job:
 def end(outcome: str, reason: str) -> list[Effect]:
     """The job is over."""
     return [Send(Stop(reason, outcome)), Finish(outcome, reason)]
-
-
-def member_of(failed: Failed) -> Member:
-    """The worker that failed."""
-    return Member(failed.failure.device, failed.failure.incarnation)

@@ -164,6 +164,11 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     fault_phase: str | None
     fault_step: int | None = None
 
+    @property
+    def member(self) -> Member:
+        """The worker that failed."""
+        return Member(self.failure.device, self.failure.incarnation)
+
 
 class ComponentFault(msgspec.Struct, frozen=True, tag=True):
     """Launcher: an injected fault strikes a part of the runtime. Key ``events/fault<number>``.

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from elastic.effects import Note, Phase
 from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress
 from elastic.plan import Plan
-from elastic.topology import Member
 from ntp.atoms import AtomSizes
 
 
@@ -26,7 +25,7 @@ def failure_note(
             "kind": failure.kind,
             "severity": failure.severity,
             "device": str(failure.device),
-            "member": str(Member(failure.device, failure.incarnation)),
+            "member": str(event.member),
             "evidence": failure.evidence,
             "detected_at": failure.at,
             "fault": event.fault,

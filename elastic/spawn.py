@@ -91,6 +91,12 @@ class Spawner:
         return Child(process, ours)
 
 
+def end_with(parent: int) -> bool:
+    """Let the kernel kill this process with its parent; False if that is gone already."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent
+
+
 def _nothing(connection: Connection) -> None:
     """What a process does that only shows that the fork server answers."""
 
@@ -99,9 +105,7 @@ def _enter(main: Callable[..., None], log: str, connection: Connection, *argumen
     parent = os.getppid()
     os.setsid()
     os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        # The fork server died before the request above took effect.
+    if not end_with(parent):
         os._exit(1)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, sys.stdout.fileno())

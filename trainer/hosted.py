@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -15,8 +13,9 @@ import yaml
 from elastic.config import StoreConfig
 from elastic.faults import load_faults
 from elastic.journal import Listener
-from elastic.local import Ended
+from elastic.local import LOOPBACK, Ended
 from elastic.run_spec import RunSpec
+from elastic.spawn import end_with
 from trainer.config import RunConfig
 from trainer.data import load_corpus
 from trainer.entry import Payload, worker_main
@@ -24,7 +23,6 @@ from trainer.job import job_shape
 
 PASSWORD = "EVERSTEP_STORE_PASSWORD"
 """Environment variable in which the launcher passes a password of the configuration on."""
-PR_SET_PDEATHSIG = 1
 
 
 def run_spec(config: RunConfig, faults: Path | None, run_dir: Path) -> RunSpec:
@@ -83,7 +81,7 @@ def start_parts(run: RunSpec, config: RunConfig, faults: Path | None, listener: 
         return [
             *(part(name, "controller", "--name", name) for name in names),
             *(
-                part(f"agent{node}", "agent", "--node", str(node), "--host", "127.0.0.1")
+                part(f"agent{node}", "agent", "--node", str(node), "--host", LOOPBACK)
                 for node in nodes
             ),
         ]
@@ -151,8 +149,5 @@ def _live_with_parent() -> None:
     from elastic.launch import PARENT
 
     parent = os.environ.pop(PARENT, None)
-    if parent is None:
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):
+    if parent is not None and not end_with(int(parent)):
         raise RuntimeError("the launcher is gone")

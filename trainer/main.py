@@ -37,17 +37,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as train.steps=100."),
+]
+FaultsFile = Annotated[
+    Path | None, typer.Option(help="YAML file with failures to inject, for trying things out.")
+]
+
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as train.steps=100."),
-    ] = None,
-    faults: Annotated[
-        Path | None, typer.Option(help="YAML file with failures to inject, for trying things out.")
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    faults: FaultsFile = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(help="Where the run's files go; default runs/JOB-TIME.", show_default=False),
@@ -125,18 +129,13 @@ def demo(
 
 @app.command()
 def controller(
-    config: Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")],
+    config: ConfigFile,
     run_dir: Annotated[
         Path,
         typer.Option(help="Where the run's files go; all controllers of a job share it."),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as train.steps=100."),
-    ] = None,
-    faults: Annotated[
-        Path | None, typer.Option(help="YAML file with failures to inject, for trying things out.")
-    ] = None,
+    overrides: Overrides = None,
+    faults: FaultsFile = None,
     name: Annotated[
         str | None,
         typer.Option(help="What tells this controller from others; default its host and process."),
@@ -159,16 +158,11 @@ def controller(
 
 @app.command()
 def agent(
-    config: Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")],
+    config: ConfigFile,
     node: Annotated[int, typer.Option(help="Number of this node, from 0 to cluster.nodes - 1.")],
     run_dir: Annotated[Path, typer.Option(help="Where this node's logs go.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as train.steps=100."),
-    ] = None,
-    faults: Annotated[
-        Path | None, typer.Option(help="YAML file with failures to inject, for trying things out.")
-    ] = None,
+    overrides: Overrides = None,
+    faults: FaultsFile = None,
     host: Annotated[
         str | None,
         typer.Option(
@@ -192,7 +186,7 @@ def agent(
 
 @app.command()
 def stop(
-    config: Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")],
+    config: ConfigFile,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as job=other."),
@@ -210,7 +204,7 @@ def stop(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file with the job's configuration.")],
+    config: ConfigFile,
     failures: Annotated[
         list[str] | None,
         typer.Option(
@@ -220,10 +214,7 @@ def plan(
             "0, in all its pipeline stages; node0/5 is device 5 of node 0.",
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as train.steps=100."),
-    ] = None,
+    overrides: Overrides = None,
     svg: Annotated[Path | None, typer.Option(help="Draw it too, into this file.")] = None,
 ) -> None:
     """Show what losing slots would do, before it happens: owners, moves, batch split, throughput.
