@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from elastic.config import StoreConfig
-from elastic.faults import load_faults
+from elastic.faults import Fault
 from elastic.journal import Listener
 from elastic.local import LOOPBACK, Ended
 from elastic.run_spec import RunSpec
@@ -25,7 +25,7 @@ PASSWORD = "EVERSTEP_STORE_PASSWORD"
 """Environment variable in which the launcher passes a password of the configuration on."""
 
 
-def run_spec(config: RunConfig, faults: Path | None, run_dir: Path) -> RunSpec:
+def run_spec(config: RunConfig, faults: tuple[Fault, ...], run_dir: Path) -> RunSpec:
     """What the processes of the run are told. Raises ValueError or OSError for missing data."""
     corpus = load_corpus(
         config.data.kind,
@@ -40,7 +40,7 @@ def run_spec(config: RunConfig, faults: Path | None, run_dir: Path) -> RunSpec:
         shape=job_shape(config),
         cluster=config.cluster,
         health=config.health,
-        faults=load_faults(faults) if faults is not None else (),
+        faults=faults,
         run_dir=run_dir,
         worker_main=worker_main,
         preload=("trainer.preload", "trainer.main"),
@@ -90,7 +90,7 @@ def start_parts(run: RunSpec, config: RunConfig, faults: Path | None, listener: 
 
 
 def run_controller(
-    config: RunConfig, faults: Path | None, run_dir: Path, name: str | None
+    config: RunConfig, faults: tuple[Fault, ...], run_dir: Path, name: str | None
 ) -> str | None:
     """Lead or stand by; returns the job's outcome, None if asked to end before."""
     from elastic.effects import Finish
@@ -105,7 +105,7 @@ def run_controller(
 
 
 def run_agent(
-    config: RunConfig, faults: Path | None, run_dir: Path, node: int, host: str | None
+    config: RunConfig, faults: tuple[Fault, ...], run_dir: Path, node: int, host: str | None
 ) -> None:
     """Serve a node until the job is over. Raises ValueError for a node that the job lacks."""
     from elastic.serve import address_towards, serve_agent

@@ -61,10 +61,10 @@ def run(
 
     Exit codes: 0 completed, 2 refused, 3 halted, 4 failed, 130 interrupted.
     """
-    loaded, _ = _load(config, overrides or [], faults)
+    loaded, injected = _load(config, overrides or [], faults)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     target = run_dir or Path("runs") / f"{loaded.job}-{stamp}"
-    ended = _launch(loaded, faults, target, loaded.job, replace=False)
+    ended = _launch(loaded, injected, faults, target, loaded.job, replace=False)
     typer.echo(f"{ended.outcome}: {ended.reason}; files are in {target}")
     raise typer.Exit(EXIT_CODES[ended.outcome])
 
@@ -110,10 +110,10 @@ def demo(
     from elastic.compare import compare_runs
     from elastic.report import recovery_table
 
-    loaded, _ = _load(config, overrides or [], faults)
+    loaded, injected = _load(config, overrides or [], faults)
     ended = {}
-    for name, given in (("demo", faults), ("demo-reference", None)):
-        ended[name] = _launch(loaded, given, runs / name, name, replace=True)
+    for name, given, file in (("demo", injected, faults), ("demo-reference", (), None)):
+        ended[name] = _launch(loaded, given, file, runs / name, name, replace=True)
         if ended[name].outcome != "completed":
             typer.echo(f"{name} {ended[name].outcome}: {ended[name].reason}", err=True)
             raise typer.Exit(EXIT_CODES[ended[name].outcome])
@@ -148,9 +148,9 @@ def controller(
     """
     from trainer.hosted import run_controller
 
-    loaded, _ = _load(config, overrides or [], faults)
+    loaded, injected = _load(config, overrides or [], faults)
     try:
-        outcome = run_controller(loaded, faults, run_dir, name)
+        outcome = run_controller(loaded, injected, run_dir, name)
     except (ValueError, RuntimeError, OSError) as error:
         _refuse(str(error))
     raise typer.Exit(EXIT_CODES[outcome] if outcome is not None else 0)
@@ -177,9 +177,9 @@ def agent(
     """
     from trainer.hosted import run_agent
 
-    loaded, _ = _load(config, overrides or [], faults)
+    loaded, injected = _load(config, overrides or [], faults)
     try:
-        run_agent(loaded, faults, run_dir, node, host)
+        run_agent(loaded, injected, run_dir, node, host)
     except (ValueError, RuntimeError, OSError) as error:
         _refuse(str(error))
 
@@ -277,8 +277,15 @@ def _load(
 
 
 def _launch(
-    config: RunConfig, faults: Path | None, run_dir: Path, title: str, *, replace: bool
+    config: RunConfig,
+    injected: tuple[Fault, ...],
+    faults: Path | None,
+    run_dir: Path,
+    title: str,
+    *,
+    replace: bool,
 ) -> Ended:
+    """Run a job; `injected` was read from the file `faults`, which its processes read too."""
     from rich.console import Console
 
     from elastic.faults import check_own_store
@@ -289,7 +296,7 @@ def _launch(
 
     try:
         # The data are read here once, so that missing ones are refused before any process starts.
-        run = run_spec(config, faults, run_dir)
+        run = run_spec(config, injected, run_dir)
         check_own_store(run.faults, config.store)
         claim(run_dir, replace=replace)
     except (ValueError, OSError) as error:
