@@ -53,7 +53,7 @@ from elastic.messages import (
 from elastic.notes import failure_note, fault_note, plan_note
 from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan
-from elastic.planner import JobShape, Situation, complete_slots, home_devices, plan_generation
+from elastic.planner import JobShape, Situation, home_devices, newcomers, plan_generation
 from elastic.topology import DeviceId, Member
 
 
@@ -89,7 +89,7 @@ class Controller:
         self.committed: dict[Member, int] = {}
         self._shape = shape
         self._limits = limits
-        self._members = Membership(home_devices(shape, devices))
+        self._members = Membership(devices, home_devices(shape, devices))
         self._fruitless = 0
         self._progress_at_announcement = -1
         self._answers: dict[Member, Quiesced] = {}
@@ -97,6 +97,7 @@ class Controller:
         self._phases_done: dict[RecoveryPhase, dict[Member, float]] = {}
         self._suspicion: _Suspicion | None = None
         self._pace = PaceLog(self.plans)
+        self._judged = (0, 0)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event; returns the effects in the order in which they must be performed."""
@@ -274,15 +275,7 @@ class Controller:
                 return []
         elif self._awaited.members:
             return []
-        situation = Situation(
-            generation=self.generation,
-            workers=self._members.workers(),
-            answers=self._answers,
-            history=self.plans,
-            rendezvous=self._members.rendezvous,
-            paces=self._pace.paces,
-        )
-        plan = plan_generation(self._shape, situation)
+        plan = plan_generation(self._shape, self._situation())
         if isinstance(plan, NoPlan):
             return self._halt(plan.reason)
         alive = self._members.alive()
@@ -303,6 +296,17 @@ class Controller:
             effects.append(Note("phase_done", quiesced))
         lost_steps = max(0, committed + 1 - plan.resume_step)
         return [*effects, plan_note(plan, self._shape.sizes, lost_steps)]
+
+    def _situation(self) -> Situation:
+        return Situation(
+            generation=self.generation,
+            workers=self._members.workers(),
+            answers=self._answers,
+            history=self.plans,
+            rendezvous=self._members.rendezvous,
+            homes=self._members.homes,
+            paces=self._pace.paces,
+        )
 
     def _phase_done(self, note: PhaseDone) -> list[Effect]:
         done = self._phases_done.setdefault(note.phase, {})
@@ -333,19 +337,17 @@ class Controller:
         return effects
 
     def _grow_if_possible(self, now: float) -> list[Effect]:
-        workers = self._members.workers()
-        active = set(self.plan.layout.slots()) if self.plan else set()
-        returned = set(complete_slots(self._shape, workers)) - active
-        if not returned or self._step_in_flight() >= self._shape.steps - 1:
+        plan = self.plan
+        # Who was not wanted is not wanted as long as nobody comes or goes.
+        known = (self.generation, self._members.changes)
+        if plan is None or known == self._judged or self._step_in_flight() >= self._shape.steps - 1:
             return []
-        placed = self._placed()
-        newcomers = [
-            member
-            for coordinate, member in workers.items()
-            if coordinate.slot_ref in returned and member not in placed
-        ]
-        names = ", ".join(str(member.device) for member in newcomers)
-        return self._announce(f"{names} is ready again", False, now)
+        self._judged = known
+        wanted = newcomers(self._shape, self._situation(), plan)
+        if not wanted:
+            return []
+        names = ", ".join(str(member.device) for member in wanted)
+        return self._announce(f"{names} can take a place", False, now)
 
     def _complete_if_done(self) -> list[Effect]:
         placed = self._placed()

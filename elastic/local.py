@@ -22,11 +22,10 @@ from elastic.controller import Controller
 from elastic.driver import Driver
 from elastic.effects import Finish, Limits
 from elastic.faults import Fault
+from elastic.job import JobShape, cluster_devices
 from elastic.journal import Listener, Recorder
 from elastic.memory_store import MemoryStore
-from elastic.planner import JobShape
 from elastic.spawn import Spawner
-from elastic.topology import DeviceId
 
 LOOPBACK = "127.0.0.1"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -65,17 +64,6 @@ def run_local(run: LocalRun, listener: Listener) -> Ended:
     return asyncio.run(_run(run, listener))
 
 
-def placed_devices(run: LocalRun) -> tuple[DeviceId, ...]:
-    """The devices that have a place in the grid, in order; spares come after them."""
-    devices = [
-        DeviceId(node, index)
-        for node in range(run.cluster.nodes)
-        for index in range(run.cluster.devices_per_node)
-    ]
-    shape = run.shape
-    return tuple(devices[: shape.tensor * shape.stages * shape.replicas])
-
-
 async def _run(run: LocalRun, listener: Listener) -> Ended:
     # A signal before the controller can be told would end the run without a word in its files.
     early: list[int] = []
@@ -84,7 +72,7 @@ async def _run(run: LocalRun, listener: Listener) -> Ended:
     logs = run.run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     store, spawner = MemoryStore(), Spawner(run.preload)
-    devices = placed_devices(run)
+    devices = cluster_devices(run.cluster.nodes, run.cluster.devices_per_node)
     started_at = time.time()
     controller = Controller(run.shape, devices, _limits(run.health), started_at)
     recorder = Recorder(run.run_dir, run.job, controller.plans, listener)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain, product
+from operator import itemgetter
 
 import msgspec
 
 from elastic.topology import Assignment, Member
 from ntp.geometry import ParallelLayout, SlotRef
-from ntp.groups import GroupSpec, groups_of, places
+from ntp.groups import GroupSpec, groups_of
 from ntp.reshard_plan import ReshardPlan
 from ntp.sync_plan import plan_sync
 
@@ -37,6 +39,16 @@ class StateSource(StrEnum):
 
     INITIALIZE = "initialize"
     PEERS = "peers"
+    CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """What could have been done instead: its throughput relative to full strength, and why not."""
+
+    action: Action
+    throughput: float
+    why_not: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +56,26 @@ class Plan:
     """One generation.
 
     `placement` lists the workers by rank. `donors` follow them in rank: survivors that lost their
-    place, hold shards that others need, and take part until these have them. `survivors` are those
-    of both whose state the moves count on; any other begins with nothing. All `stages` pipeline
-    stages have the same layout, and `reshard` has the moves of each. `source_layout` is the layout
-    that `reshard` starts from, that of `source_generation` (None and 0 when state is initialised).
+    place, hold shards that others may need, and take part until these have them. `movers` are
+    survivors that lost their place and got another one: each is named with the old place, whose
+    shards it sends like a donor, and stands in `placement` with the new one, whose shards it
+    receives like a newcomer. `survivors` are those of all whose state the moves count on; any other
+    begins with nothing. All `stages` pipeline stages have the same layout, and `reshard` has the
+    moves of each. `source_layout` is the layout that `reshard` starts from, that of
+    `source_generation` (None and 0 where no worker's state is used).
     `kept_replicas` are those whose tensor-parallel and pipeline communicators go on. `batch_split`
     is samples per replica, in the layout's order. `resume_step` is the first step of the
     generation; survivors that have not committed the step before it apply that with `apply_vote`.
     `redone`: work on `resume_step` had begun and is dropped. `rendezvous` is host:port of the store
-    to meet in.
+    to meet in. `throughput` is relative to full strength; `alternatives` are what was considered
+    beside this.
     """
 
     generation: int
     action: Action
     placement: tuple[Assignment, ...]
     donors: tuple[Assignment, ...]
+    movers: tuple[Assignment, ...]
     survivors: tuple[Member, ...]
     stages: int
     layout: ParallelLayout
@@ -72,26 +89,43 @@ class Plan:
     redone: bool
     state_source: StateSource
     rendezvous: str
+    throughput: float
+    alternatives: tuple[Alternative, ...]
     reason: str
 
     def __post_init__(self) -> None:
-        filled = tuple(assignment.coordinate for assignment in self.placement)
-        members = {assignment.member for assignment in self.participants}
-        replicas = {replica.replica for replica in self.layout.replicas}
+        # A job may have a hundred thousand places, so the loops over them are left to C.
+        filled = tuple(map(itemgetter(0), self.placement))
+        members = set(map(itemgetter(1), self.participants))
+        left = [place.slot_ref for place, _ in (*self.donors, *self.movers)]
+        replicas = {replica.replica: set(replica.active) for replica in self.layout.replicas}
+        slots = chain.from_iterable(
+            product((replica.replica,), range(self.stages), replica.active)
+            for replica in self.layout.replicas
+        )
         conditions = {
             "placement fills the layout's slots in every stage, in order of rank": filled
-            == places(self.layout, self.stages),
+            == tuple(slots),
             "each stage has its moves": len(self.reshard) == self.stages,
             "no worker is placed twice": len(members) == len(self.participants),
-            "survivors take part": set(self.survivors) <= members,
-            "donors have no place": not {a.coordinate for a in self.donors} & set(filled),
+            "survivors take part": members.issuperset(self.survivors),
+            "movers survive, are placed, and leave one place each": members.issuperset(
+                member for _, member in self.movers
+            )
+            and {member for _, member in self.movers} <= set(self.survivors)
+            and not {m for _, m in self.movers} & {m for _, m in self.donors}
+            and len({m for _, m in self.movers}) == len(self.movers),
+            "who leaves a place leaves it vacant": not any(
+                ref.slot in replicas.get(ref.replica, ()) for ref in left
+            ),
             "each replica has a share of the batch": len(self.batch_split) == len(replicas)
             and all(share > 0 for share in self.batch_split),
             "state has a source exactly if it is not initialised": (self.source_layout is None)
             == (self.source_generation == 0),
             "steps count from 0 and generations from 1": self.resume_step >= 0
             and self.generation >= 1,
-            "kept groups belong to replicas": set(self.kept_replicas) <= replicas,
+            "kept groups belong to replicas": replicas.keys() >= set(self.kept_replicas),
+            "something is computed": self.throughput > 0,
         }
         broken = [condition for condition, holds in conditions.items() if not holds]
         if broken:
@@ -113,12 +147,28 @@ class Plan:
         return groups_of(rank, self.layout, sync, self.stages, len(self.donors))
 
     def meeting_ranks(self, stage: int) -> dict[SlotRef, int]:
-        """Rank in the meeting of every slot of `stage`."""
-        return {
-            assignment.coordinate.slot_ref: rank
-            for rank, assignment in enumerate(self.participants)
-            if assignment.coordinate.stage == stage
+        """Rank in the meeting of every slot of `stage`, of those that are left too."""
+        ranks = {
+            place.slot_ref: rank
+            for rank, (place, _) in enumerate(self.participants)
+            if place.stage == stage
         }
+        for old, member in self.movers:
+            if old.stage == stage:
+                ranks[old.slot_ref] = next(
+                    rank for rank, each in enumerate(self.placement) if each.member == member
+                )
+        return ranks
+
+    def rows(self) -> dict[int, tuple[Assignment, ...]]:
+        """The assignments of each replica."""
+        rows: dict[int, tuple[Assignment, ...]] = {}
+        begin = 0
+        for replica in self.layout.replicas:
+            end = begin + replica.degree * self.stages
+            rows[replica.replica] = self.placement[begin:end]
+            begin = end
+        return rows
 
     def stage_ranks(self) -> dict[SlotRef, int]:
         """Rank of every slot within its stage, which is the same in all stages."""

@@ -87,6 +87,7 @@ class SimWorker:
         self.pipe: deque[WorkerMessage] = deque()
         self.comms: dict[GroupKey, Comm] = {}
         self.place = Coordinate(0, 0, 0)
+        self.held_at = self.place
         self._step_started = (0, 0)
         self._quiesce: Quiesce | None = None
         self._inbox: deque[AgentMessage] = deque()
@@ -264,14 +265,17 @@ class SimWorker:
         moves = plan.reshard[self.place.stage].moves
         incoming = [move for move in moves if move.target == self.slot]
         placed = {
-            a.coordinate.slot_ref: a.member
-            for a in plan.participants
-            if a.coordinate.stage == self.place.stage
+            place.slot_ref: member
+            for place, member in (*plan.participants, *plan.movers)
+            if place.stage == self.place.stage
         }
         after: Values = {}
         sent: dict[tuple[SlotRef, Piece], int] = {}
-        for move in moves:
-            if move.source != self.slot:
+        # A mover sends what it holds of its old place.
+        moves_away = any(member == self.member for _, member in plan.movers)
+        old = self.held_at if moves_away else self.place
+        for move in plan.reshard[old.stage].moves:
+            if move.source != old.slot_ref:
                 continue
             atoms = range(move.atoms.start, move.atoms.stop) if move.atoms else range(1)
             for atom in atoms:
@@ -288,7 +292,7 @@ class SimWorker:
             after = {
                 p: self.world.initial(p, self.place.stage) for p in pieces_owned(plan, self.slot)
             }
-        elif self.values:
+        elif self.values and not moves_away:
             assert plan.source_layout is not None
             after[REPLICATED] = self.values[REPLICATED]
             for axis, atoms in kept_ranges(plan.source_layout, plan.layout, self.slot):
@@ -373,6 +377,7 @@ class SimWorker:
     def _promote(self) -> None:
         assert self.pending is not None
         self.values, self.pending = self.pending, None
+        self.held_at = self.place
 
     def _answer(self, quiesce: Quiesce) -> None:
         self.answered = quiesce.generation

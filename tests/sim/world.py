@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from links import Comm
-from sim_worker import REPLICATED, GroupKey, Piece, SimWorker, Values, mix, pieces_owned
+from sim_worker import REPLICATED, GroupKey, Piece, SimWorker, mix, pieces_owned
 from strikes import Strike, new_strike
 
 from elastic.controller import Controller
@@ -37,7 +37,7 @@ from elastic.messages import (
     Stop,
 )
 from elastic.plan import Plan
-from elastic.planner import JobShape
+from elastic.planner import JobShape, PlacementRules
 from elastic.session import SessionError
 from elastic.topology import DeviceId, Member
 from elastic.workload import SplitBatchBy
@@ -58,6 +58,8 @@ LIMITS = Limits(
 )
 GRIDS = ((2, 1, 2), (2, 1, 2), (3, 1, 2), (2, 1, 3), (4, 1, 2), (1, 1, 3), (2, 2, 2), (2, 3, 2))
 """Tensor-parallel degree, pipeline stages and replicas."""
+SPARES = (0, 0, 0, 1, 2)
+"""Devices beyond the grid."""
 
 
 class Violation(AssertionError):
@@ -114,6 +116,7 @@ class World:
             micro_batch_size=2,
             steps=rng.randint(6, 12),
             split_batch_by=list(SplitBatchBy)[seed % len(SplitBatchBy)],
+            rules=PlacementRules(tensor_across_nodes=seed % 4 != 0),
         )
         self._pieces: list[Piece] = [REPLICATED]
         self._pieces += [(a, i) for a in Axis for i in range(self.shape.counts.of(a))]
@@ -124,7 +127,7 @@ class World:
                 for piece in self._pieces
             }
         ]
-        size = tensor * stages * replicas
+        size = tensor * stages * replicas + rng.choice(SPARES)
         per_node = rng.choice((1, tensor, size))
         devices = tuple(DeviceId(rank // per_node, rank % per_node) for rank in range(size))
         self._agents = {
@@ -234,7 +237,7 @@ class World:
             last = self._reference[-1]
             size = self.shape.global_batch_size
             self._reference.append({p: mix(v, step, size) for p, v in last.items()})
-        expected, stage = self._reference[done], worker.place.stage
+        expected, stage = self._reference[done], worker.held_at.stage
         wrong = [p for p, value in worker.values.items() if expected[stage, p] != value]
         self.check(
             not wrong, f"{worker.member} after step {done - 1}: {wrong} differ from the reference"
@@ -430,12 +433,10 @@ class World:
         layout = max((worker.layout_generation for worker in workers), default=0)
         held: set[tuple[int, Piece]] = set()
         for worker in workers:
-            values: Values = {}
             if layout and layout == worker.layout_generation:
-                values = worker.values
+                held |= {(worker.held_at.stage, piece) for piece in worker.values}
             elif layout and layout == worker.pending_generation:
-                values = worker.pending or {}
-            held |= {(worker.place.stage, piece) for piece in values}
+                held |= {(worker.place.stage, piece) for piece in worker.pending or ()}
         whole = held == set(self._reference[0]) and "no slot has a worker" not in finished.reason
         self.check(not whole, f"halted although all is held: {finished.reason}")
 

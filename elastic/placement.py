@@ -1,0 +1,227 @@
+"""Which worker sits in which place.
+
+Pure. A *roster* says who is where before anything is decided: survivors in the places whose state
+they hold, free workers at the vacant homes of their devices, and the idle ones. `seat` gives every
+replica a degree: it keeps the slots that lack fewest workers, vacates the others, and fills what
+lacks from those who are free then. A place that stays active keeps the worker that holds its
+state; only a worker whose slot is vacated, in all stages, takes another place, and then sends what
+it held.
+
+A place is filled, in this order, by its home device; by a worker on a node where its
+tensor-parallel group has members; by one of the node with most free workers. The last is forbidden
+where `tensor_across_nodes` is off, unless the group has no members at all. Among equals comes first
+a worker that has held this slot and stage in another replica, as it holds most of what it needs;
+then one that holds nothing, whose process need not keep two states.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
+
+from elastic.job import JobShape
+from elastic.memory_fit import MemoryFit
+from elastic.topology import Assignment, Coordinate, DeviceId, Member
+
+Row = tuple[Assignment, ...]
+"""The workers of one replica, by stage and slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roster:
+    """Who is where. `rows` holds who has the state of its place (at the start: who is at home);
+    `returned` free workers at vacant homes in wounded replicas; `idle` all other free workers.
+
+    `held` is the degree at which each replica's survivors hold their state.
+    """
+
+    rows: Mapping[int, Row]
+    returned: Mapping[int, Mapping[Coordinate, Member]]
+    idle: tuple[Member, ...]
+    held: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Seating:
+    """Who sits where after the decision, by replica; replicas that are left out are missing.
+
+    `active` are the slots of those that are not as before and whole.
+    """
+
+    rows: Mapping[int, Row]
+    active: Mapping[int, tuple[int, ...]]
+
+
+def roster_at_home(
+    shape: JobShape,
+    workers: Mapping[DeviceId, Member],
+    homes: Mapping[Coordinate, DeviceId],
+) -> Roster:
+    """Nobody holds anything: each worker is at its home."""
+    rows: defaultdict[int, list[Assignment]] = defaultdict(list)
+    for place, device in homes.items():
+        if device in workers:
+            rows[place.replica].append(Assignment(place, workers[device]))
+    idle = workers.keys() - set(homes.values())
+    return Roster(
+        rows={replica: tuple(row) for replica, row in rows.items()},
+        returned={},
+        idle=tuple(workers[device] for device in sorted(idle)),
+        held={},
+    )
+
+
+def roster_of_survivors(
+    shape: JobShape,
+    source: Mapping[int, Row],
+    survivors: frozenset[Member],
+    workers: Mapping[DeviceId, Member],
+    homes: Mapping[Coordinate, DeviceId],
+) -> Roster:
+    """`source` are the rows of the plan whose state the `survivors` hold."""
+    rows = {
+        replica: row
+        if survivors.issuperset(map(itemgetter(1), row))
+        else tuple(assignment for assignment in row if assignment.member in survivors)
+        for replica, row in source.items()
+    }
+    free = set(workers.values()).difference(survivors)
+    size = shape.tensor * shape.stages
+    returned: dict[int, dict[Coordinate, Member]] = {}
+    for replica in range(shape.replicas) if free else ():
+        if len(row := rows.get(replica, ())) < size:
+            taken = set(map(itemgetter(0), row))
+            back = {
+                place: member
+                for stage in range(shape.stages)
+                for slot in range(shape.tensor)
+                if (place := Coordinate(replica, stage, slot)) not in taken
+                and (device := homes.get(place)) is not None
+                and (member := workers.get(device)) in free
+                and member is not None
+            }
+            free.difference_update(back.values())
+            returned[replica] = back
+    held = {replica: len(source[replica]) // shape.stages for replica, row in rows.items() if row}
+    return Roster(rows, returned, tuple(sorted(free)), held)
+
+
+def complete_slots(places: Iterable[Coordinate], stages: int) -> tuple[int, ...]:
+    """Slots of one replica that have a worker in every stage; only these can be active."""
+    found = Counter(place.slot for place in places)
+    return tuple(sorted(slot for slot, count in found.items() if count == stages))
+
+
+class _Free(NamedTuple):
+    """A worker that may take a place; `held_at` is the place whose state it holds, `degree` that
+    of the replica it held it in."""
+
+    member: Member
+    held_at: Coordinate | None
+    degree: int
+
+
+def seat(
+    shape: JobShape, memory: MemoryFit, roster: Roster, degrees: Mapping[int, int]
+) -> Seating | None:
+    """Give each replica in `degrees` that many slots, and leave all others as they are.
+
+    None if the rules or the memory leave a place without a worker.
+    """
+    free = [_Free(member, None, 0) for member in roster.idle]
+    seats: dict[int, dict[Coordinate, Member]] = {}
+    active: dict[int, tuple[int, ...]] = {}
+    for replica, degree in sorted(degrees.items()):
+        holders = dict(roster.rows.get(replica, ()))
+        present = {**roster.returned.get(replica, {}), **holders}
+        kept = _slots_to_keep(shape, present, holders, degree)
+        if kept:
+            active[replica] = kept
+            seats[replica] = {p: member for p, member in present.items() if p.slot in kept}
+        held = roster.held.get(replica, 0)
+        free += [
+            _Free(member, place, held) if place in holders and held else _Free(member, None, 0)
+            for place, member in present.items()
+            if place.slot not in kept
+        ]
+    if not _fill(shape, memory, seats, active, free):
+        return None
+    rows = {replica: row for replica, row in roster.rows.items() if replica not in degrees}
+    for replica, taken in seats.items():
+        rows[replica] = tuple(Assignment(place, taken[place]) for place in sorted(taken))
+    return Seating(rows, active)
+
+
+def _slots_to_keep(
+    shape: JobShape,
+    present: Collection[Coordinate],
+    holders: Collection[Coordinate],
+    degree: int,
+) -> tuple[int, ...]:
+    """The slots that lack fewest workers; then those where most hold state; then the lowest."""
+    if not degree:
+        return ()
+    there = Counter(place.slot for place in present)
+    holding = Counter(place.slot for place in holders)
+    ranked = sorted(range(shape.tensor), key=lambda slot: (-there[slot], -holding[slot], slot))
+    return tuple(sorted(ranked[:degree]))
+
+
+def _fill(
+    shape: JobShape,
+    memory: MemoryFit,
+    seats: Mapping[int, dict[Coordinate, Member]],
+    active: Mapping[int, Sequence[int]],
+    free: Iterable[_Free],
+) -> bool:
+    """Seat free workers in all places that lack one; returns whether there are enough."""
+    by_node: defaultdict[int, list[_Free]] = defaultdict(list)
+    for each in free:
+        by_node[each.member.device.node].append(each)
+    vacant = [
+        place
+        for replica, slots in active.items()
+        for stage in range(shape.stages)
+        for slot in slots
+        if (place := Coordinate(replica, stage, slot)) not in seats[replica]
+    ]
+    nodes: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
+    for replica in {place.replica for place in vacant}:
+        for place, member in seats[replica].items():
+            nodes[replica, place.stage].add(member.device.node)
+
+    def take(place: Coordinate, near: bool) -> bool:
+        group, degree = nodes[place.replica, place.stage], len(active[place.replica])
+        if not near and group and not shape.rules.tensor_across_nodes:
+            return False
+        able = {
+            node: fitting
+            for node in (group if near else by_node)
+            if (fitting := [f for f in by_node.get(node, ()) if memory.fits_both(f.degree, degree)])
+        }
+        if not able:
+            return False
+        if near:
+            candidates = [each for fitting in able.values() for each in fitting]
+        else:
+            candidates = able[min(able, key=lambda node: (-len(able[node]), node))]
+        chosen = min(candidates, key=lambda each: _effort(each, place))
+        by_node[chosen.member.device.node].remove(chosen)
+        seats[place.replica][place] = chosen.member
+        group.add(chosen.member.device.node)
+        return True
+
+    # Whoever has a neighbour to be filled by comes first, so that no other takes it.
+    left = [place for place in vacant if not take(place, near=True)]
+    return all(take(place, near=True) or take(place, near=False) for place in left)
+
+
+def _effort(free: _Free, place: Coordinate) -> tuple[int, Member]:
+    """Sort key: how much it takes to move this worker into the place."""
+    if free.held_at is None:
+        return 1, free.member
+    alike = (free.held_at.stage, free.held_at.slot) == (place.stage, place.slot)
+    return (0 if alike else 2), free.member
