@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import NamedTuple
 
 from elastic.job import JobShape
@@ -77,36 +76,36 @@ def roster_at_home(
 def roster_of_survivors(
     shape: JobShape,
     source: Mapping[int, Row],
-    survivors: frozenset[Member],
-    workers: Mapping[DeviceId, Member],
+    lost: Sequence[Assignment],
+    free: Collection[Member],
     homes: Mapping[Coordinate, DeviceId],
 ) -> Roster:
-    """`source` are the rows of the plan whose state the `survivors` hold."""
+    """`source` are the rows of the plan whose state the survivors hold, all but the `lost` ones;
+    `free` are the workers that hold nothing."""
+    wounded = {place.replica for place, _ in lost}
+    gone = set(lost)
     rows = {
-        replica: row
-        if survivors.issuperset(map(itemgetter(1), row))
-        else tuple(assignment for assignment in row if assignment.member in survivors)
+        replica: tuple(each for each in row if each not in gone) if replica in wounded else row
         for replica, row in source.items()
     }
-    free = set(workers.values()).difference(survivors)
+    at_home = {member.device: member for member in free}
     size = shape.tensor * shape.stages
     returned: dict[int, dict[Coordinate, Member]] = {}
-    for replica in range(shape.replicas) if free else ():
+    for replica in range(shape.replicas) if at_home else ():
         if len(row := rows.get(replica, ())) < size:
-            taken = set(map(itemgetter(0), row))
-            back = {
-                place: member
+            taken = dict(row)
+            places = (
+                Coordinate(replica, stage, slot)
                 for stage in range(shape.stages)
                 for slot in range(shape.tensor)
-                if (place := Coordinate(replica, stage, slot)) not in taken
-                and (device := homes.get(place)) is not None
-                and (member := workers.get(device)) in free
-                and member is not None
+            )
+            returned[replica] = {
+                place: at_home.pop(device)
+                for place in places
+                if place not in taken and (device := homes.get(place)) in at_home
             }
-            free.difference_update(back.values())
-            returned[replica] = back
     held = {replica: len(source[replica]) // shape.stages for replica, row in rows.items() if row}
-    return Roster(rows, returned, tuple(sorted(free)), held)
+    return Roster(rows, returned, tuple(sorted(at_home.values())), held)
 
 
 def complete_slots(places: Iterable[Coordinate], stages: int) -> tuple[int, ...]:

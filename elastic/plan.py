@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain, product
-from operator import itemgetter
+from itertools import chain, product, starmap, zip_longest
+from operator import eq, itemgetter
 
 import msgspec
 
@@ -59,10 +59,11 @@ class Plan:
     place, hold shards that others may need, and take part until these have them. `movers` are
     survivors that lost their place and got another one: each is named with the old place, whose
     shards it sends like a donor, and stands in `placement` with the new one, whose shards it
-    receives like a newcomer. `survivors` are those of all whose state the moves count on; any other
-    begins with nothing. All `stages` pipeline stages have the same layout, and `reshard` has the
-    moves of each. `source_layout` is the layout that `reshard` starts from, that of
-    `source_generation` (None and 0 where no worker's state is used).
+    receives like a newcomer. `newcomers` are those who begin with nothing where others hold state,
+    whatever they remember; where no worker's state is used, all do, and none is named. All `stages`
+    pipeline stages have the same layout, and `reshard` has the moves of each. `source_layout` is
+    the layout that `reshard` starts from, that of `source_generation` (None and 0 where no worker's
+    state is used).
     `kept_replicas` are those whose tensor-parallel and pipeline communicators go on. `batch_split`
     is samples per replica, in the layout's order. `resume_step` is the first step of the
     generation; survivors that have not committed the step before it apply that with `apply_vote`.
@@ -76,7 +77,7 @@ class Plan:
     placement: tuple[Assignment, ...]
     donors: tuple[Assignment, ...]
     movers: tuple[Assignment, ...]
-    survivors: tuple[Member, ...]
+    newcomers: tuple[Member, ...]
     stages: int
     layout: ParallelLayout
     source_layout: ParallelLayout | None
@@ -95,26 +96,24 @@ class Plan:
 
     def __post_init__(self) -> None:
         # A job may have a hundred thousand places, so the loops over them are left to C.
-        filled = tuple(map(itemgetter(0), self.placement))
         members = set(map(itemgetter(1), self.participants))
         left = [place.slot_ref for place, _ in (*self.donors, *self.movers)]
+        leavers = {member for _, member in (*self.donors, *self.movers)}
         replicas = {replica.replica: set(replica.active) for replica in self.layout.replicas}
         slots = chain.from_iterable(
             product((replica.replica,), range(self.stages), replica.active)
             for replica in self.layout.replicas
         )
         conditions = {
-            "placement fills the layout's slots in every stage, in order of rank": filled
-            == tuple(slots),
+            "placement fills the layout's slots in every stage, in order of rank": all(
+                starmap(eq, zip_longest(map(itemgetter(0), self.placement), slots))
+            ),
             "each stage has its moves": len(self.reshard) == self.stages,
             "no worker is placed twice": len(members) == len(self.participants),
-            "survivors take part": members.issuperset(self.survivors),
-            "movers survive, are placed, and leave one place each": members.issuperset(
-                member for _, member in self.movers
-            )
-            and {member for _, member in self.movers} <= set(self.survivors)
-            and not {m for _, m in self.movers} & {m for _, m in self.donors}
-            and len({m for _, m in self.movers}) == len(self.movers),
+            "newcomers take part": members.issuperset(self.newcomers),
+            "movers and donors survive": leavers.isdisjoint(self.newcomers),
+            "movers are placed, and donors are not": len(leavers) == len(left)
+            and members.issuperset(leavers),
             "who leaves a place leaves it vacant": not any(
                 ref.slot in replicas.get(ref.replica, ()) for ref in left
             ),
@@ -140,6 +139,10 @@ class Plan:
     def participants(self) -> tuple[Assignment, ...]:
         """Everybody who takes part in the change to this generation, by rank of the meeting."""
         return self.placement + self.donors
+
+    def survives(self, member: Member) -> bool:
+        """Whether the moves count on the state that this participant holds."""
+        return self.source_layout is not None and member not in self.newcomers
 
     def groups_of(self, rank: int) -> tuple[GroupSpec, ...]:
         """The communicators that rank `rank` of the meeting is in, in creation order."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from elastic.placement import Row
-from elastic.plan import Action, Plan
+from elastic.plan import Action
 from elastic.topology import Assignment, Coordinate, DeviceId
 from ntp.geometry import ParallelLayout, SlotRef
 
@@ -30,17 +30,17 @@ def first_change(layout: ParallelLayout, workers: int) -> str:
 
 
 def change(
-    previous: Plan,
+    before: Mapping[int, Row],
     rows: Mapping[int, Row],
     movers: Sequence[Assignment],
     homes: Mapping[Coordinate, DeviceId],
+    stages: int,
     idle: int,
 ) -> tuple[Action, str]:
-    """The action that makes `rows` of `previous`, and what happens, in words.
+    """The action that makes `rows` of those `before`, and what happens, in words.
 
     `idle` workers have no place.
     """
-    before = previous.rows()
     changed = [r for r in sorted({*before, *rows}) if before.get(r, ()) != rows.get(r, ())]
     old = {a.coordinate: a.member for r in changed for a in before.get(r, ())}
     new = {a.coordinate: a.member for r in changed for a in rows.get(r, ())}
@@ -70,7 +70,7 @@ def change(
         *_few(f"{_name(ref)} returned" for ref in gained if ref in home),
         *_few(_arrival(place, new[place].device, came_from.get(new[place])) for place in away),
         *_few(
-            f"replica {r} goes to TP{len(rows[r]) // previous.stages}"
+            f"replica {r} goes to TP{len(rows[r]) // stages}"
             for r in changed
             if r in rows and r in {ref.replica for ref in (*lost, *gained)}
         ),

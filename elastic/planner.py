@@ -17,7 +17,7 @@ of a plan is mostly that of what changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -47,9 +47,10 @@ class Situation:
     """What is known when a plan is made.
 
     `workers` are the ready processes by device; `answers` what those of them that were running said
-    when they stopped; `history` the plans of this run by generation; `homes` the device that each
-    place prefers; `paces` how fast those replicas were that have been measured; `quarantined`
-    devices take no part, whoever runs on them; `checkpoint` is the last step that can be restored.
+    when they stopped, and nothing of those that are gone; `history` the plans of this run by
+    generation; `homes` the device that each place prefers; `paces` how fast those replicas were
+    that have been measured; `quarantined` devices take no part, whoever runs on them; `checkpoint`
+    is the last step that can be restored.
     """
 
     generation: int
@@ -70,30 +71,26 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Where the state comes from: `survivors` of `source`, or nobody (None)."""
+    """Where the state comes from: the workers of `source` but those `lost`; or no worker (None)."""
 
     kind: StateSource
     resume: Resume
     source: Plan | None = None
-    survivors: frozenset[Member] = frozenset()
+    lost: tuple[Assignment, ...] = ()
 
 
 def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
     """The next generation, or why there can be none."""
-    workers = {
-        device: member
-        for device, member in situation.workers.items()
-        if device not in situation.quarantined
-    }
+    workers = _admitted(situation)
     if not workers:
         return NoPlan("no worker is left")
-    state = _find_state(situation, frozenset(workers.values()))
+    state = _find_state(situation)
     if isinstance(state, _State):
         try:
             return _plan(shape, situation, workers, state)
         except NoHolder:
             assert state.source is not None
-            held = [place for place, member in state.source.placement if member in state.survivors]
+            held = dict(state.source.placement).keys() - dict(state.lost).keys()
             state = NoPlan(f"nobody alive holds {missing_state(state.source, held)}")
     if situation.checkpoint is None:
         return NoPlan(f"{state.reason}, and there are no checkpoints")
@@ -111,49 +108,51 @@ def newcomers(shape: JobShape, situation: Situation, present: Plan) -> tuple[Mem
     """
     if sum(replica.degree for replica in present.layout.replicas) == shape.tensor * shape.replicas:
         return ()
-    placed = frozenset(map(itemgetter(1), present.placement))
-    ready = {
-        device: member
-        for device, member in situation.workers.items()
-        if device not in situation.quarantined
-    }
-    idle = set(ready.values()) - placed
+    placed = set(map(itemgetter(1), present.placement))
+    idle = [member for member in _admitted(situation).values() if member not in placed]
     if not idle:
         return ()
-    roster = roster_of_survivors(shape, present.rows(), placed, ready, situation.homes)
+    roster = roster_of_survivors(shape, present.rows(), (), idle, situation.homes)
     choice = choose(shape, roster, situation.homes, relative_paces(shape, situation.paces))
     if isinstance(choice, NoPlan):
         return ()
     seated = {member for row in choice.seating.rows.values() for _, member in row}
-    return tuple(sorted(seated & idle))
+    return tuple(sorted(seated.intersection(idle)))
+
+
+def _admitted(situation: Situation) -> Mapping[DeviceId, Member]:
+    """The workers that may take part."""
+    if not situation.quarantined:
+        return situation.workers
+    return {d: member for d, member in situation.workers.items() if d not in situation.quarantined}
 
 
 def _plan(
     shape: JobShape, situation: Situation, workers: Mapping[DeviceId, Member], state: _State
 ) -> Plan | NoPlan:
     """The plan on this state. Raises NoHolder if the survivors do not hold all of it."""
-    source, survivors, homes = state.source, state.survivors, situation.homes
+    source, homes, previous = state.source, situation.homes, situation.previous
     paces = relative_paces(shape, situation.paces)
-    old_rows = source.rows() if source else {}
+    old_rows: Mapping[int, Row] = source.rows() if source else {}
     if source is None:
         roster = roster_at_home(shape, workers, homes)
     else:
-        roster = roster_of_survivors(shape, old_rows, survivors, workers, homes)
+        free = _free(workers, source, state.lost)
+        roster = roster_of_survivors(shape, old_rows, state.lost, free, homes)
     choice = choose(shape, roster, homes, paces)
     if isinstance(choice, NoPlan):
         return choice
-    seating = choice.seating
-    layout = _layout(shape, source.layout if source else None, seating)
-    rows = {replica.replica: seating.rows[replica.replica] for replica in layout.replicas}
+    layout = _layout(shape, source.layout if source else None, choice.seating)
+    rows = {replica.replica: choice.seating.rows[replica.replica] for replica in layout.replicas}
     placement = tuple(chain.from_iterable(rows.values()))
-    donors, movers = _leaving(survivors, old_rows, rows)
-    members = map(itemgetter(1), (*placement, *donors))
+    came, donors, movers = _changes(old_rows, rows, state.lost)
     batch_split = split_batch(shape, layout, situation.paces)
-    previous = situation.previous
+    before = old_rows if previous is source else previous.rows() if previous else {}
     if previous is None:
         action, words = Action.CONTINUE, first_change(layout, len(workers))
     else:
-        action, words = change(previous, rows, movers, homes, len(workers) - len(placement))
+        idle = len(workers) - len(placement)
+        action, words = change(before, rows, movers, homes, shape.stages, idle)
     if state.kind is StateSource.CHECKPOINT:
         action = Action.RESTORE
     division = split_reason(shape.split_batch_by, batch_split, situation.paces)
@@ -163,13 +162,13 @@ def _plan(
         placement=placement,
         donors=donors,
         movers=movers,
-        survivors=tuple(filter(survivors.__contains__, members)),
+        newcomers=came if source else (),
         stages=shape.stages,
         layout=layout,
         source_layout=source.layout if source else None,
         source_generation=source.generation if source else 0,
-        kept_replicas=_kept_replicas(previous, rows, situation.answers),
-        reshard=_reshard(shape, source, layout, survivors, movers),
+        kept_replicas=_kept_replicas(before, rows, situation.answers),
+        reshard=_reshard(shape, source, layout, state.lost, movers),
         batch_split=batch_split,
         resume_step=state.resume.resume_step,
         apply_vote=state.resume.vote,
@@ -190,8 +189,8 @@ def split_batch(
     return apportion(shape.global_batch_size, costs, shape.least_share)
 
 
-def _find_state(situation: Situation, alive: frozenset[Member]) -> _State | NoPlan:
-    """What the workers that are alive hold together."""
+def _find_state(situation: Situation) -> _State | NoPlan:
+    """What the workers hold together."""
     standings = _standings(situation)
     switched = any(map(attrgetter("layout_generation"), standings.values()))
     if not switched and _nothing_was_committed(situation):
@@ -205,8 +204,8 @@ def _find_state(situation: Situation, alive: frozenset[Member]) -> _State | NoPl
     source = situation.history.get(resume.layout_generation)
     if source is None:
         return NoPlan(f"survivors hold generation {resume.layout_generation}, which has no plan")
-    survivors = _survivors(source, alive, standings)
-    return _State(StateSource.PEERS, resume, source, survivors)
+    lost = _lost(source, standings, situation.quarantined)
+    return _State(StateSource.PEERS, resume, source, lost)
 
 
 def _standings(situation: Situation) -> dict[Member, Standing]:
@@ -217,20 +216,34 @@ def _standings(situation: Situation) -> dict[Member, Standing]:
         if answer.standing is not None
     }
     newest = max(map(attrgetter("layout_generation"), standings.values()), default=0)
-    if newest in situation.history:
-        placed = map(itemgetter(1), situation.history[newest].placement)
-        for member in standings.keys() - set(placed):
-            if standings[member].layout_generation:
+    older = [m for m, held in standings.items() if held.layout_generation not in (0, newest)]
+    if older and newest in situation.history:
+        placed = set(map(itemgetter(1), situation.history[newest].placement))
+        for member in older:
+            if member not in placed:
                 del standings[member]
     return standings
 
 
-def _survivors(
-    source: Plan, alive: Set[Member], standings: Mapping[Member, Standing]
-) -> frozenset[Member]:
-    """Workers that hold the state which belongs to their place in the source's layout."""
-    placed = map(itemgetter(1), source.placement)
-    return frozenset(filter(standings.__contains__, placed)) & alive
+def _lost(
+    source: Plan, standings: Mapping[Member, Standing], quarantined: frozenset[DeviceId]
+) -> tuple[Assignment, ...]:
+    """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
+    return tuple(
+        each
+        for each in source.placement
+        if each.member not in standings or (quarantined and each.member.device in quarantined)
+    )
+
+
+def _free(
+    workers: Mapping[DeviceId, Member], source: Plan, lost: Sequence[Assignment]
+) -> list[Member]:
+    """Workers that hold none of the state of `source`."""
+    if len(workers) == len(source.placement) - len(lost):
+        return []
+    holding = set(map(itemgetter(1), source.placement)).difference(map(itemgetter(1), lost))
+    return [member for member in workers.values() if member not in holding]
 
 
 def _nothing_was_committed(situation: Situation) -> bool:
@@ -265,22 +278,25 @@ def _layout(shape: JobShape, source: ParallelLayout | None, seating: Seating) ->
     )
 
 
-def _leaving(
-    survivors: Set[Member], before: Mapping[int, Row], after: Mapping[int, Row]
-) -> tuple[tuple[Assignment, ...], tuple[Assignment, ...]]:
-    """Survivors that lose their place, with that place: donors, and movers, who get another.
+def _changes(
+    before: Mapping[int, Row], after: Mapping[int, Row], lost: Sequence[Assignment]
+) -> tuple[tuple[Member, ...], tuple[Assignment, ...], tuple[Assignment, ...]]:
+    """Who is new; and which survivors lose their place, named with it: donors, and movers, who get
+    another.
 
     All of them, also those that need not send: what they hold may be the last copy if another
     worker is lost before everybody has switched.
     """
     changed = [number for number in {*before, *after} if before.get(number) != after.get(number)]
-    old = {a for number in changed for a in before.get(number, ()) if a.member in survivors}
-    new = {a for number in changed for a in after.get(number, ())}
-    placed = {assignment.member for assignment in new}
+    old = {each for number in changed for each in before.get(number, ())}.difference(lost)
+    new = {each for number in changed for each in after.get(number, ())}
     left = sorted(old - new)
+    placed = {member for _, member in new}
+    holding = {member for _, member in old}
     return (
-        tuple(assignment for assignment in left if assignment.member not in placed),
-        tuple(assignment for assignment in left if assignment.member in placed),
+        tuple(member for _, member in sorted(new) if member not in holding),
+        tuple(each for each in left if each.member not in placed),
+        tuple(each for each in left if each.member in placed),
     )
 
 
@@ -288,8 +304,8 @@ def _reshard(
     shape: JobShape,
     source: Plan | None,
     layout: ParallelLayout,
-    survivors: Set[Member],
-    movers: tuple[Assignment, ...],
+    lost: Sequence[Assignment],
+    movers: Sequence[Assignment],
 ) -> tuple[ReshardPlan, ...]:
     """The moves of each stage.
 
@@ -299,13 +315,12 @@ def _reshard(
         return (ReshardPlan(()),) * shape.stages
     everywhere = frozenset(source.layout.slots())
     active = everywhere.intersection(layout.slots())
-    lost = [place for place, member in source.placement if member not in survivors]
     sizes = total_sizes(shape.sizes)
     # Stages mostly have the same holders, and then the same moves.
     known: dict[frozenset[SlotRef], ReshardPlan] = {}
     plans: list[ReshardPlan] = []
     for stage in range(shape.stages):
-        gone = {place.slot_ref for place in lost if place.stage == stage}
+        gone = {place.slot_ref for place, _ in lost if place.stage == stage}
         moving = {place.slot_ref for place, _ in movers if place.stage == stage}
         placed = (active - gone) | moving
         if placed not in known:
@@ -319,15 +334,12 @@ def _reshard(
 
 
 def _kept_replicas(
-    previous: Plan | None, rows: Mapping[int, Row], answers: Mapping[Member, Quiesced]
+    before: Mapping[int, Row], after: Mapping[int, Row], answers: Mapping[Member, Quiesced]
 ) -> tuple[int, ...]:
     """Replicas that have the members they had, all of them saying that their groups work."""
-    if previous is None:
-        return ()
-    before = previous.rows()
     intact = {member for member, answer in answers.items() if answer.replica_groups_intact}
     return tuple(
         replica
-        for replica, row in rows.items()
+        for replica, row in after.items()
         if before.get(replica) == row and intact.issuperset(map(itemgetter(1), row))
     )

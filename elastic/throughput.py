@@ -32,13 +32,14 @@ class Crew(NamedTuple):
 
     `degree`: active slots, 0 if it is left out. `pace`: see TYPICAL. `held`: the degree at which
     its survivors hold their state, 0 if there are none or memory is unlimited. `node`: its first
-    home's, where the placement must respect nodes; -1 otherwise.
+    home's, where the placement must respect nodes; -1 otherwise. `wounded`: it lacks a survivor.
     """
 
     degree: int
     pace: int = TYPICAL
     held: int = 0
     node: int = -1
+    wounded: bool = False
 
 
 Score = tuple[int, float]

@@ -322,7 +322,7 @@ class SimWorker:
         else:
             self.pending = None
         self.pending_generation = 0
-        if self.member not in plan.survivors:
+        if not plan.survives(self.member):
             self.session, self.layout_generation = Session(), 0
         has_state = self.layout_generation > 0
         if not has_state:
