@@ -41,7 +41,8 @@ def choose(
     search = Search(shape, throughput_model(shape, paces), memory_fit(shape), roster)
     present = present_crews(search, homes, paces, roster.returned)
     alone = fitting(search, present_crews(search, homes, paces, {}))
-    steady = climb(search, fitting(search, present), trading=False)
+    fit = fitting(search, present)
+    steady = climb(search, fit, trading=False)
     traded = most(search, (climb(search, steady, trading=True), *sharing(search, steady), alone))
     gain = search.throughput(traded) - search.throughput(steady)
     worthwhile = gain * shape.replicas >= shape.rules.least_gain
@@ -50,7 +51,7 @@ def choose(
     if seating is None or not seating.rows:
         return NoPlan(_impossible(search, present))
     alternatives = (
-        *_too_big(search, present, taken),
+        *_too_big(search, present, fit, taken),
         *_not_taken(search, steady, traded, worthwhile),
         *_without_newcomers(search, alone, taken),
         *_without_wounded(search, taken),
@@ -70,9 +71,9 @@ def _impossible(search: Search, present: Crews) -> str:
     return f"no slot has a worker in each of the {stages} pipeline stages"
 
 
-def _too_big(search: Search, present: Crews, taken: Crews) -> Iterator[Alternative]:
+def _too_big(search: Search, present: Crews, fit: Crews, taken: Crews) -> Iterator[Alternative]:
     for replica, crew in present.items():
-        if taken[replica].degree < crew.degree and not search.memory.fits(crew.held, crew.degree):
+        if taken[replica].degree < crew.degree and fit[replica] != crew:
             why = f"replica {replica}: {search.memory.problem(crew.held, crew.degree)}"
             yield Alternative(Action.REDUCE_TP, search.throughput({**taken, replica: crew}), why)
             return
@@ -94,7 +95,7 @@ def _not_taken(
 
 def _without_newcomers(search: Search, alone: Crews, taken: Crews) -> Iterator[Alternative]:
     fewer = sum(c.degree for c in alone.values()) < sum(c.degree for c in taken.values())
-    if search.roster.held and fewer:
+    if fewer and any(crew.degree for crew in alone.values()):
         why = "leaves workers idle that are ready"
         yield Alternative(Action.REDUCE_TP, search.throughput(alone), why)
 

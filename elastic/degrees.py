@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from elastic.job import JobShape
 from elastic.memory_fit import MemoryFit
-from elastic.placement import Roster, Seating, complete_slots, seat
+from elastic.placement import Roster, Seating, complete_slots, seat, slots_to_keep
 from elastic.throughput import TYPICAL, Crew, Score, ThroughputModel
 from elastic.topology import Coordinate, DeviceId
 
@@ -93,7 +93,7 @@ def present_crews(
         crews[replica] = Crew(
             degree,
             paces.get(replica, TYPICAL),
-            roster.held.get(replica, 0) if search.memory.limit else 0,
+            len(roster.held.get(replica, ())) if search.memory.limit else 0,
             home.node if home is not None and local else -1,
             wounded,
         )
@@ -102,8 +102,16 @@ def present_crews(
 
 def fitting(search: Search, crews: Crews) -> Crews:
     """`crews` without those replicas that memory does not allow."""
+    shape, memory, roster = search.shape, search.memory, search.roster
+
+    def fits(replica: int, crew: Crew) -> bool:
+        if not crew.wounded or not crew.degree:
+            return memory.fits(0, crew.degree)
+        slots = slots_to_keep(shape, roster, replica, crew.degree)
+        return roster.fits(memory, replica, slots)
+
     return {
-        replica: crew if search.memory.fits(crew.held, crew.degree) else crew._replace(degree=0)
+        replica: crew if fits(replica, crew) else crew._replace(degree=0)
         for replica, crew in crews.items()
     }
 

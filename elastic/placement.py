@@ -34,13 +34,18 @@ class Roster:
     """Who is where. `rows` holds who has the state of its place (at the start: who is at home);
     `returned` free workers at vacant homes in wounded replicas; `idle` all other free workers.
 
-    `held` is the degree at which each replica's survivors hold their state.
+    `held` are the slots among which the state of each wounded replica was divided.
     """
 
     rows: Mapping[int, Row]
     returned: Mapping[int, Mapping[Coordinate, Member]]
     idle: tuple[Member, ...]
-    held: Mapping[int, int]
+    held: Mapping[int, tuple[int, ...]]
+
+    def fits(self, memory: MemoryFit, replica: int, slots: tuple[int, ...]) -> bool:
+        """Whether the replica's workers can go on with these slots, which may change the layout."""
+        held = self.held.get(replica, ())
+        return memory.fits_both(0 if slots == held else len(held), len(slots))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,11 @@ def roster_of_survivors(
                 for place in places
                 if place not in taken and (device := homes.get(place)) in at_home
             }
-    held = {replica: len(source[replica]) // shape.stages for replica, row in rows.items() if row}
+    held = {
+        replica: tuple(place.slot for place, _ in source[replica] if place.stage == 0)
+        for replica, row in rows.items()
+        if row and len(row) < size
+    }
     return Roster(rows, returned, tuple(sorted(at_home.values())), held)
 
 
@@ -136,11 +145,13 @@ def seat(
     for replica, degree in sorted(degrees.items()):
         holders = dict(roster.rows.get(replica, ()))
         present = {**roster.returned.get(replica, {}), **holders}
-        kept = _slots_to_keep(shape, present, holders, degree)
+        kept = slots_to_keep(shape, roster, replica, degree)
+        if not roster.fits(memory, replica, kept):
+            return None
         if kept:
             active[replica] = kept
             seats[replica] = {p: member for p, member in present.items() if p.slot in kept}
-        held = roster.held.get(replica, 0)
+        held = len(roster.held.get(replica, ()))
         free += [
             _Free(member, place, held) if place in holders and held else _Free(member, None, 0)
             for place, member in present.items()
@@ -154,17 +165,12 @@ def seat(
     return Seating(rows, active)
 
 
-def _slots_to_keep(
-    shape: JobShape,
-    present: Collection[Coordinate],
-    holders: Collection[Coordinate],
-    degree: int,
-) -> tuple[int, ...]:
+def slots_to_keep(shape: JobShape, roster: Roster, replica: int, degree: int) -> tuple[int, ...]:
     """The slots that lack fewest workers; then those where most hold state; then the lowest."""
     if not degree:
         return ()
-    there = Counter(place.slot for place in present)
-    holding = Counter(place.slot for place in holders)
+    holding = Counter(place.slot for place, _ in roster.rows.get(replica, ()))
+    there = holding + Counter(place.slot for place in roster.returned.get(replica, ()))
     ranked = sorted(range(shape.tensor), key=lambda slot: (-there[slot], -holding[slot], slot))
     return tuple(sorted(ranked[:degree]))
 

@@ -31,8 +31,9 @@ class Crew(NamedTuple):
     """A replica as the planner weighs it.
 
     `degree`: active slots, 0 if it is left out. `pace`: see TYPICAL. `held`: the degree at which
-    its survivors hold their state, 0 if there are none or memory is unlimited. `node`: its first
-    home's, where the placement must respect nodes; -1 otherwise. `wounded`: it lacks a survivor.
+    its survivors hold their state; 0 if nobody is missing, nobody holds any, or memory is
+    unlimited. `node`: its first home's, where the placement must respect nodes; -1 otherwise.
+    `wounded`: it lacks a survivor.
     """
 
     degree: int
