@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from elastic.degrees import Crews, Search, climb, fitting, most, present_crews, sharing
+from elastic.degrees import (
+    Crews,
+    Search,
+    climb,
+    fitting,
+    most,
+    present_crews,
+    sharing,
+    without_returned,
+)
 from elastic.job import JobShape
 from elastic.memory_fit import memory_fit
 from elastic.placement import Roster, Seating
@@ -39,8 +48,8 @@ def choose(
     `paces` are those of `elastic.throughput.relative_paces`.
     """
     search = Search(shape, throughput_model(shape, paces), memory_fit(shape), roster)
-    present = present_crews(search, homes, paces, roster.returned)
-    alone = fitting(search, present_crews(search, homes, paces, {}))
+    present = present_crews(search, homes, paces)
+    alone = fitting(search, without_returned(search, present))
     fit = fitting(search, present)
     steady = climb(search, fit, trading=False)
     traded = most(search, (climb(search, steady, trading=True), *sharing(search, steady), alone))

@@ -73,20 +73,16 @@ class Search:
 
 
 def present_crews(
-    search: Search,
-    homes: Mapping[Coordinate, DeviceId],
-    paces: Mapping[int, int],
-    returned: Mapping[int, Mapping[Coordinate, object]],
+    search: Search, homes: Mapping[Coordinate, DeviceId], paces: Mapping[int, int]
 ) -> dict[int, Crew]:
-    """The replicas with the slots that are complete without anybody changing place: by those who
-    hold state and those who have `returned` to their homes."""
+    """The replicas with the slots that are complete if nobody changes place."""
     shape, roster = search.shape, search.roster
     crews: dict[int, Crew] = {}
     for replica in range(shape.replicas):
         row = roster.rows.get(replica, ())
         degree = shape.tensor
         if wounded := len(row) < shape.tensor * shape.stages:
-            places = [*dict(row), *returned.get(replica, ())]
+            places = [*dict(row), *roster.returned.get(replica, ())]
             degree = len(complete_slots(places, shape.stages))
         home = homes.get(Coordinate(replica, 0, 0))
         local = home is not None and not shape.rules.tensor_across_nodes
@@ -98,6 +94,17 @@ def present_crews(
             wounded,
         )
     return crews
+
+
+def without_returned(search: Search, present: Crews) -> Crews:
+    """`present` with only those at work who hold state."""
+    rows, stages = search.roster.rows, search.shape.stages
+    return {
+        replica: crew._replace(degree=len(complete_slots(dict(rows.get(replica, ())), stages)))
+        if crew.wounded
+        else crew
+        for replica, crew in present.items()
+    }
 
 
 def fitting(search: Search, crews: Crews) -> Crews:

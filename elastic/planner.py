@@ -17,7 +17,7 @@ of a plan is mostly that of what changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -137,7 +137,7 @@ def _plan(
     if source is None:
         roster = roster_at_home(shape, workers, homes)
     else:
-        free = _free(workers, source, state.lost)
+        free = _free(workers, situation, state)
         roster = roster_of_survivors(shape, old_rows, state.lost, free, homes)
     choice = choose(shape, roster, homes, paces)
     if isinstance(choice, NoPlan):
@@ -167,7 +167,7 @@ def _plan(
         layout=layout,
         source_layout=source.layout if source else None,
         source_generation=source.generation if source else 0,
-        kept_replicas=_kept_replicas(before, rows, situation.answers),
+        kept_replicas=_kept_replicas(old_rows, before, rows, situation.answers),
         reshard=_reshard(shape, source, layout, state.lost, movers),
         batch_split=batch_split,
         resume_step=state.resume.resume_step,
@@ -191,59 +191,67 @@ def split_batch(
 
 def _find_state(situation: Situation) -> _State | NoPlan:
     """What the workers hold together."""
-    standings = _standings(situation)
-    switched = any(map(attrgetter("layout_generation"), standings.values()))
+    standings, empty = _standings(situation)
+    switched = any(map(attrgetter("layout_generation"), standings))
     if not switched and _nothing_was_committed(situation):
         return _State(StateSource.INITIALIZE, Resume(0, None, False, 0, "the job starts"))
     if not standings:
         return NoPlan("no survivor holds any state")
     try:
-        resume = decide_resume(list(standings.values()))
+        resume = decide_resume(standings)
     except UnrecoverableStep as error:
         return NoPlan(str(error))
     source = situation.history.get(resume.layout_generation)
     if source is None:
         return NoPlan(f"survivors hold generation {resume.layout_generation}, which has no plan")
-    lost = _lost(source, standings, situation.quarantined)
-    return _State(StateSource.PEERS, resume, source, lost)
+    return _State(StateSource.PEERS, resume, source, _lost(source, situation, empty))
 
 
-def _standings(situation: Situation) -> dict[Member, Standing]:
-    """What the survivors hold, without those that idled since a plan that others adopted."""
-    standings = {
-        member: answer.standing
-        for member, answer in situation.answers.items()
-        if answer.standing is not None
-    }
-    newest = max(map(attrgetter("layout_generation"), standings.values()), default=0)
-    older = [m for m, held in standings.items() if held.layout_generation not in (0, newest)]
-    if older and newest in situation.history:
+def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
+    """What the survivors hold; and who answered, but holds nothing that counts.
+
+    Nothing counts that a worker holds which idled since a plan that others adopted.
+    """
+    answers = situation.answers
+    empty = {member for member, answer in answers.items() if answer.standing is None}
+    held = [answer.standing for answer in answers.values() if answer.standing is not None]
+    generations = set(map(attrgetter("layout_generation"), held))
+    newest = max(generations, default=0)
+    if newest in situation.history and generations - {0, newest}:
         placed = set(map(itemgetter(1), situation.history[newest].placement))
-        for member in older:
-            if member not in placed:
-                del standings[member]
-    return standings
+        for member, answer in answers.items():
+            standing = answer.standing
+            if standing and standing.layout_generation and member not in placed:
+                empty.add(member)
+                held.remove(standing)
+    return held, empty
 
 
-def _lost(
-    source: Plan, standings: Mapping[Member, Standing], quarantined: frozenset[DeviceId]
-) -> tuple[Assignment, ...]:
+def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
     """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
-    return tuple(
-        each
-        for each in source.placement
-        if each.member not in standings or (quarantined and each.member.device in quarantined)
-    )
+    answers, quarantined = situation.answers, situation.quarantined
+    lost = [each for each in source.placement if each.member not in answers]
+    if empty or quarantined:
+        lost += [
+            each
+            for each in source.placement
+            if each.member in empty
+            or (each.member.device in quarantined and each.member in answers)
+        ]
+    return tuple(lost)
 
 
-def _free(
-    workers: Mapping[DeviceId, Member], source: Plan, lost: Sequence[Assignment]
-) -> list[Member]:
-    """Workers that hold none of the state of `source`."""
-    if len(workers) == len(source.placement) - len(lost):
-        return []
-    holding = set(map(itemgetter(1), source.placement)).difference(map(itemgetter(1), lost))
-    return [member for member in workers.values() if member not in holding]
+def _free(workers: Mapping[DeviceId, Member], situation: Situation, state: _State) -> list[Member]:
+    """Workers that hold none of the state that is used."""
+    assert state.source is not None
+    placement, answers = state.source.placement, situation.answers
+    free: list[Member] = []
+    if situation.quarantined or len(workers) > len(answers):
+        free = [member for member in workers.values() if member not in answers]
+    if len(answers) > len(placement) - len(state.lost):
+        holding = set(map(itemgetter(1), placement)).difference(map(itemgetter(1), state.lost))
+        free += [m for m in answers if m not in holding and workers.get(m.device) == m]
+    return free
 
 
 def _nothing_was_committed(situation: Situation) -> bool:
@@ -314,7 +322,14 @@ def _reshard(
     if source is None:
         return (ReshardPlan(()),) * shape.stages
     everywhere = frozenset(source.layout.slots())
-    active = everywhere.intersection(layout.slots())
+    now = {replica.replica: replica for replica in layout.replicas}
+    vacated = {
+        SlotRef(old.replica, slot)
+        for old in source.layout.replicas
+        if (new := now.get(old.replica)) is not old
+        for slot in old.active
+        if new is None or slot not in new.active
+    }
     sizes = total_sizes(shape.sizes)
     # Stages mostly have the same holders, and then the same moves.
     known: dict[frozenset[SlotRef], ReshardPlan] = {}
@@ -322,7 +337,7 @@ def _reshard(
     for stage in range(shape.stages):
         gone = {place.slot_ref for place, _ in lost if place.stage == stage}
         moving = {place.slot_ref for place, _ in movers if place.stage == stage}
-        placed = (active - gone) | moving
+        placed = (everywhere - vacated - gone) | moving
         if placed not in known:
             try:
                 known[placed] = plan_reshard(source.layout, layout, placed, sizes)
@@ -334,12 +349,20 @@ def _reshard(
 
 
 def _kept_replicas(
-    before: Mapping[int, Row], after: Mapping[int, Row], answers: Mapping[Member, Quiesced]
+    source: Mapping[int, Row],
+    before: Mapping[int, Row],
+    after: Mapping[int, Row],
+    answers: Mapping[Member, Quiesced],
 ) -> tuple[int, ...]:
-    """Replicas that have the members they had, all of them saying that their groups work."""
-    intact = {member for member, answer in answers.items() if answer.replica_groups_intact}
+    """Replicas that have the members they had, all of them saying that their groups work.
+
+    They must have had them in the source's plan too: whoever is new there since then may speak of
+    other groups.
+    """
+    broken = {answer.member for answer in answers.values() if not answer.replica_groups_intact}
     return tuple(
         replica
         for replica, row in after.items()
-        if before.get(replica) == row and intact.issuperset(map(itemgetter(1), row))
+        if row == before.get(replica) == source.get(replica)
+        and broken.isdisjoint(map(itemgetter(1), row))
     )

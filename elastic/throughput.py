@@ -12,6 +12,7 @@ should not move because a measurement is noisy.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -114,10 +115,8 @@ def throughput_model(shape: JobShape, paces: Mapping[int, int]) -> ThroughputMod
         max(fullest_slot(shape.counts, sizes, degree) for sizes in set(shape.sizes))
         for degree in range(1, shape.tensor + 1)
     )
-    whole: dict[Crew, int] = {}
-    for replica in range(shape.replicas):
-        crew = Crew(shape.tensor, paces.get(replica, TYPICAL))
-        whole[crew] = whole.get(crew, 0) + 1
+    whole = Counter(Crew(shape.tensor, pace) for pace in paces.values())
+    whole[Crew(shape.tensor)] += shape.replicas - len(paces)
     settings = ((0, *works), shape.global_batch_size, shape.least_share, shape.split_batch_by)
     full_step = _step(*settings, whole)
     assert full_step, f"{shape.global_batch_size} samples are too few for {shape.replicas} replicas"
