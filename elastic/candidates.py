@@ -21,7 +21,7 @@ from elastic.degrees import (
     sharing,
     without_returned,
 )
-from elastic.job import JobShape
+from elastic.job_shape import JobShape
 from elastic.memory_fit import memory_fit
 from elastic.placement import Roster, Seating
 from elastic.plan import Action, Alternative, NoPlan

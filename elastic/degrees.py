@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
-from elastic.job import JobShape
+from elastic.job_shape import JobShape
 from elastic.memory_fit import MemoryFit
 from elastic.placement import Roster, Seating, complete_slots, seat, slots_to_keep
 from elastic.throughput import TYPICAL, Crew, Score, ThroughputModel

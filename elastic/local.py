@@ -22,7 +22,7 @@ from elastic.controller import Controller
 from elastic.driver import Driver
 from elastic.effects import Finish, Limits
 from elastic.faults import Fault
-from elastic.job import JobShape, cluster_devices
+from elastic.job_shape import JobShape, cluster_devices
 from elastic.journal import Listener, Recorder
 from elastic.memory_store import MemoryStore
 from elastic.spawn import Spawner

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic.job import JobShape
+from elastic.job_shape import JobShape
 from elastic.throughput import fullest_slot
 
 

@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from elastic.job import JobShape
+from elastic.job_shape import JobShape
 from elastic.memory_fit import MemoryFit
 from elastic.topology import Assignment, Coordinate, DeviceId, Member
 

@@ -24,9 +24,9 @@ from operator import attrgetter, itemgetter
 
 from elastic.apportion import apportion
 from elastic.candidates import choose
-from elastic.job import JobShape as JobShape
-from elastic.job import PlacementRules as PlacementRules
-from elastic.job import home_devices as home_devices
+from elastic.job_shape import JobShape as JobShape
+from elastic.job_shape import PlacementRules as PlacementRules
+from elastic.job_shape import home_devices as home_devices
 from elastic.messages import Quiesced
 from elastic.missing_state import missing_state
 from elastic.pace import Pace

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
-from elastic.job import JobShape
+from elastic.job_shape import JobShape
 from elastic.pace import Pace
 from elastic.workload import SplitBatchBy, replica_work, replica_works
 from ntp.atoms import AtomCounts, AtomSizes

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from elastic.forecast import ElementBytes
-from elastic.job import JobShape, PlacementRules
-from elastic.job import cluster_devices as devices_of
+from elastic.job_shape import JobShape, PlacementRules
+from elastic.job_shape import cluster_devices as devices_of
 from elastic.topology import DeviceId
 from elastic.workload import SplitBatchBy
 from ntp.atoms import atom_elements_by_axis

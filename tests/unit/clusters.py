@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from elastic.job import JobShape, home_devices
+from elastic.job_shape import JobShape, home_devices
 from elastic.messages import Quiesced
 from elastic.plan import NoPlan, Plan
 from elastic.planner import Situation, plan_generation

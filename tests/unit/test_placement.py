@@ -8,7 +8,7 @@ import pytest
 from clusters import Cluster, start
 from scenes import job_shape
 
-from elastic.job import JobShape, PlacementRules
+from elastic.job_shape import JobShape, PlacementRules
 from elastic.plan import Action, NoPlan, Plan, StateSource
 from elastic.planner import newcomers
 from elastic.topology import Coordinate, DeviceId

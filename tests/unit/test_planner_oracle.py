@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scenes import job_shape
 
-from elastic.job import JobShape, PlacementRules
+from elastic.job_shape import JobShape, PlacementRules
 from elastic.memory_fit import memory_fit
 from elastic.plan import Plan
 from elastic.planner import newcomers, plan_generation, split_batch

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scenes import job_shape
 
 from elastic.apportion import apportion
-from elastic.job import JobShape
+from elastic.job_shape import JobShape
 from elastic.pace import Pace
 from elastic.throughput import (
     TYPICAL,
