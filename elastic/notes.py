@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elastic.effects import Note, Phase
-from elastic.messages import ComponentFault, Failed, FaultFired
+from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress
 from elastic.plan import Plan
 from elastic.topology import Member
 from ntp.atoms import AtomSizes
@@ -65,6 +65,17 @@ def component_fault_note(fault: ComponentFault) -> Note:
             "fired_at": fault.at,
         },
     )
+
+
+def fault_notes(event: object) -> list[Note]:
+    """The injected faults that `event`, of whatever kind, tells of."""
+    match event:
+        case ComponentFault():
+            return [component_fault_note(event)]
+        case NodeProgress():
+            return [fault_note(note) for note in event.notes if isinstance(note, FaultFired)]
+        case _:
+            return []
 
 
 def plan_note(plan: Plan, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:

@@ -57,6 +57,7 @@ from elastic.messages import (
     Stop,
     StopWish,
 )
+from elastic.notes import fault_notes
 from elastic.store import Change, GuardFailed, LeaseLost, Store
 
 TICK_SECONDS = 0.1
@@ -134,11 +135,18 @@ class Term:
             now = time.time()
             if isinstance(event, Reported):
                 self._recorder.observe(now, event)
-            # What the controller was built on is replayed for the files only.
-            if not 0 < revision <= self._begins_at:
+            if 0 < revision <= self._begins_at:
+                self._replay(event, now)
+            else:
                 finish = await self._perform(self._controller.handle(event, now))
             self._seen = max(self._seen, revision)
         return finish
+
+    def _replay(self, event: Event, now: float) -> None:
+        """Write what the predecessor may not have written of something that lies behind."""
+        for note in fault_notes(event):
+            if note.fields["fault"] not in self._recorder.injected:
+                self._recorder.observe(now, note)
 
     async def _perform(self, effects: list[Effect]) -> Finish | None:
         guard = self._leadership.guard

@@ -1,0 +1,103 @@
+"""Leaders over a real store: what one leaves unwritten, the next one writes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scenes import LIMITS, job_shape, node_devices
+
+from elastic.controller import Controller
+from elastic.driver import Driver
+from elastic.effects import Finish
+from elastic.journal import Recorder
+from elastic.keys import encode, key_of, leader_key, position_key
+from elastic.memory_store import MemoryStore
+from elastic.messages import AgentRecord, ComponentFault, FaultFired, NodeProgress
+from elastic.recorded import Recorded
+from elastic.topology import DeviceId, Member
+
+SHAPE = job_shape()
+PATIENCE_SECONDS = 5.0
+"""Spent only by a test that fails."""
+
+
+class Candidate:
+    """A driver, and waits for its lead and for events of its journal."""
+
+    def __init__(self, store: MemoryStore, run_dir: Path) -> None:
+        self.leads = asyncio.Event()
+        self._seen: asyncio.Queue[str] = asyncio.Queue()
+
+        def listen(event: str, fields: Mapping[str, Any]) -> None:
+            self._seen.put_nowait(event)
+
+        def make(recorded: Recorded, now: float) -> Controller:
+            return Controller(SHAPE, node_devices(SHAPE), LIMITS, now, recorded)
+
+        def opened(controller: Controller) -> Recorder:
+            self.leads.set()
+            return Recorder(run_dir, "job", controller.plans, listen)
+
+        self.driver = Driver(store, "job", "candidate", 2.0, make, opened)
+
+    async def until(self, event: str) -> None:
+        async def seen() -> None:
+            while await self._seen.get() != event:
+                pass
+
+        await asyncio.wait_for(seen(), PATIENCE_SECONDS)
+
+
+def journal(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "journal.jsonl").open()]
+
+
+def test_faults_that_struck_while_nobody_led_are_written_once(tmp_path: Path) -> None:
+    fired = FaultFired(1, Member(DeviceId(0, 0), 1), 4, "vote", 9.0)
+    known = {"at": 8.0, "event": "fault_injected", "fault": 3}
+    (tmp_path / "journal.jsonl").write_text(json.dumps(known) + "\n")
+
+    async def main() -> Finish:
+        store = MemoryStore()
+        begun = await store.put(position_key("job"), b"0")
+        await store.put(position_key("job"), str(begun).encode())
+        for message in (
+            NodeProgress(0, (fired,)),
+            ComponentFault(2, "controller", None, 5, 9.5),
+            ComponentFault(3, "store", None, 2, 8.0),
+        ):
+            await store.put(key_of("job", message), encode(message))
+        candidate = Candidate(store, tmp_path)
+        leading = asyncio.create_task(candidate.driver.run())
+        await candidate.until("fault_injected")
+        await candidate.until("fault_injected")
+        candidate.driver.stop("enough")
+        return await asyncio.wait_for(leading, PATIENCE_SECONDS)
+
+    assert asyncio.run(main()).outcome == "interrupted"
+    faults = [entry["fault"] for entry in journal(tmp_path) if entry["event"] == "fault_injected"]
+    assert faults == [3, 1, 2]
+
+
+def test_a_candidate_stands_by_until_the_leader_is_gone(tmp_path: Path) -> None:
+    async def main() -> Finish:
+        store = MemoryStore()
+        lease = await store.lease(2.0)
+        await store.create(leader_key("job"), b"another", lease)
+        record = AgentRecord(0, 1, (), (), "node0:7")
+        candidate = Candidate(store, tmp_path)
+        leading = asyncio.create_task(candidate.driver.run())
+        await store.put(key_of("job", record), encode(record))
+        assert await store.get(leader_key("job")) == b"another"
+        assert not (tmp_path / "journal.jsonl").exists()
+        await lease.revoke()
+        await asyncio.wait_for(candidate.leads.wait(), PATIENCE_SECONDS)
+        candidate.driver.stop("enough")
+        return await asyncio.wait_for(leading, PATIENCE_SECONDS)
+
+    assert asyncio.run(main()).outcome == "interrupted"
+    assert (tmp_path / "summary.json").exists()
