@@ -43,8 +43,27 @@ class ClusterConfig(Settings):
     spare_devices: int = Field(
         default=0,
         ge=0,
-        description="Devices of the whole cluster that hold no slot. They stay idle: plans do not "
-        "use spares yet.",
+        description="Devices of the whole cluster that hold no slot: the last ones. Their workers "
+        "run idle and take the place of a lost one, preferably on their own node.",
+    )
+    tensor_across_nodes: bool = Field(
+        default=True,
+        description="Whether a tensor-parallel group that has members left may be completed by a "
+        "device of another node. Turn it off where tensor parallelism needs the links inside a "
+        "node; a whole group may always be placed elsewhere.",
+    )
+    least_gain: float = Field(
+        default=0.02,
+        ge=0,
+        description="Share of a whole replica's throughput that must be gained before an active "
+        "slot, with its state, is taken from one replica and given to another.",
+    )
+    device_memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Bytes of a device's memory that parameters, gradients and optimizer state may "
+        "take, in both layouts while one replaces the other; 0: unlimited. Leave room for "
+        "activations. A reduced replica that would not fit is left out.",
     )
 
     @property

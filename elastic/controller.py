@@ -39,6 +39,7 @@ from elastic.effects import (
     Tick,
 )
 from elastic.job import Job, end
+from elastic.job_shape import JobShape
 from elastic.messages import (
     AgentRecord,
     ComponentFault,
@@ -55,7 +56,6 @@ from elastic.messages import (
 )
 from elastic.notes import component_fault_note, fault_note
 from elastic.plan import Plan
-from elastic.planner import JobShape
 from elastic.quiescence import Quiescence
 from elastic.recorded import NOTHING_RECORDED, Recorded
 from elastic.topology import DeviceId, Member

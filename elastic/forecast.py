@@ -89,7 +89,7 @@ class Forecast:
     """The two plans and what follows from them; amounts in elements of the model.
 
     `transfers` are the moves by pair, the largest first. `least` is the lower bound of what must
-    move: what the lost slots owned, once for each replica that goes on.
+    move if no slot changes its replica: what the lost places owned, in replicas that go on.
     """
 
     shape: JobShape
@@ -123,7 +123,7 @@ def failed_places(
 
     Raises ValueError for what is not there, or is no name.
     """
-    homes = home_devices(shape, devices)
+    homes = {device: place for place, device in home_devices(shape, devices).items()}
     found: set[Coordinate] = set()
     for name in names:
         if match := re.fullmatch(r"(\d+)\.(\d+)", name):
@@ -158,20 +158,23 @@ def forecast(
 
     NoPlan if the job would halt. `devices` are those of the cluster, in order.
     """
-    places = home_devices(shape, devices)
-    workers = {place: Member(device, 1) for device, place in places.items()}
-    before = plan_generation(shape, Situation(1, workers, {}, {}, ""))
-    assert isinstance(before, Plan), before
-    lost = set(failed)
-    left = {place: member for place, member in workers.items() if place not in lost}
+    homes = home_devices(shape, devices)
+    workers = {device: Member(device, 1) for device in devices}
+    before = plan_generation(shape, Situation(1, workers, {}, {}, "", homes))
+    if isinstance(before, NoPlan):
+        return before
+    lost = {homes[place] for place in failed}
+    left = {device: member for device, member in workers.items() if device not in lost}
     standings = {
-        member: standing(place.slot_ref, Session(0), 1, 0) for place, member in left.items()
+        member: standing(place.slot_ref, Session(0), 1, 0)
+        for place, member in before.placement
+        if member.device in left
     }
     answers = {member: Quiesced(2, member, each, True, 0.0) for member, each in standings.items()}
-    after = plan_generation(shape, Situation(2, left, answers, {1: before}, ""))
+    after = plan_generation(shape, Situation(2, left, answers, {1: before}, "", homes))
     if isinstance(after, NoPlan):
         return after
-    # The step at which all stopped is made up, so what the reason says of it would mislead.
+    # The step at which all stopped is made up, and what the reason says of it would mislead.
     resume = decide_resume(list(standings.values()))
     after = replace(after, reason=after.reason.replace(f"{resume.reason}; ", ""))
     return Forecast(
@@ -181,7 +184,7 @@ def forecast(
         after=after,
         alike=_alike(before, after),
         transfers=_transfers(shape.sizes, after),
-        least=_least(shape.sizes, before.layout, after.layout),
+        least=_least(shape.sizes, before, after),
         memory=_memory(shape.sizes, before.layout, after.layout),
         throughput=_throughput(shape, before, after),
     )
@@ -206,10 +209,13 @@ def _totals(amounts: Iterable[tuple[SlotRef, int]]) -> dict[SlotRef, int]:
 
 def _transfers(sizes: Sequence[AtomSizes], plan: Plan) -> tuple[Transfer, ...]:
     amounts: defaultdict[tuple[SlotRef, SlotRef], int] = defaultdict(int)
-    for each, moves in zip(sizes, stage_moves(plan), strict=True):
+    for stage, (each, moves) in enumerate(zip(sizes, stage_moves(plan), strict=True)):
+        ranks = plan.meeting_ranks(stage)
         for move in moves:
-            atoms = len(move.atoms) if move.atoms else 1
-            amounts[move.source, move.target] += each.of(move.axis) * atoms
+            # A worker that changes its place keeps what it needs in the new one.
+            if ranks[move.source] != ranks[move.target]:
+                atoms = len(move.atoms) if move.atoms else 1
+                amounts[move.source, move.target] += each.of(move.axis) * atoms
     transfers = (Transfer(source, target, amount) for (source, target), amount in amounts.items())
     return tuple(sorted(transfers, key=lambda each: (-each.elements, each.target, each.source)))
 
@@ -231,16 +237,17 @@ def _alike(before: Plan, after: Plan) -> tuple[Alike, ...]:
     )
 
 
-def _least(sizes: Sequence[AtomSizes], before: ParallelLayout, after: ParallelLayout) -> int:
-    active = set(after.slots())
-    lost = [ref for ref in before.slots() if ref not in active]
-    kept = {replica.replica for replica in after.replicas}
-    return sum(
-        slot_work(before.replica(ref.replica).shards, ref.slot, each)
-        for each in sizes
-        for ref in lost
-        if ref.replica in kept
-    )
+def _least(sizes: Sequence[AtomSizes], before: Plan, after: Plan) -> int:
+    kept = {replica.replica for replica in after.layout.replicas}
+    now = dict(after.placement)
+    least = 0
+    for place, member in before.placement:
+        if place.replica in kept and now.get(place) != member:
+            own = sizes[place.stage]
+            least += slot_work(before.layout.replica(place.replica).shards, place.slot, own)
+            # A new worker in the place also needs what every slot holds.
+            least += own.replicated if place in now else 0
+    return least
 
 
 def _memory(sizes: Sequence[AtomSizes], before: ParallelLayout, after: ParallelLayout) -> Memory:
@@ -271,7 +278,7 @@ def _throughput(shape: JobShape, before: Plan, after: Plan) -> Throughput:
     equal = apportion(shape.global_batch_size, (1,) * len(works), shape.least_share)
     alone = apportion(shape.global_batch_size, whole, shape.least_share) if whole else ()
     return Throughput(
-        planned=at_full_strength / _slowest(after.batch_split, works),
+        planned=after.throughput,
         equal_split=at_full_strength / _slowest(equal, works),
         without_wounded=at_full_strength / _slowest(alone, whole) if whole else 0.0,
     )

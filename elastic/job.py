@@ -14,7 +14,7 @@ from elastic.messages import Adopt, Failed, PhaseDone, Quiesce, RecoveryPhase, S
 from elastic.notes import failure_note, plan_note
 from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan
-from elastic.planner import JobShape, Situation, complete_slots, home_devices, plan_generation
+from elastic.planner import JobShape, Situation, home_devices, newcomers, plan_generation
 from elastic.quiescence import Quiescence
 from elastic.recorded import Recorded
 from elastic.topology import DeviceId, Member
@@ -37,12 +37,13 @@ class Job:
         self.generation = max(1, recorded.generation)
         self.plans: dict[int, Plan] = dict(recorded.plans)
         self.committed = dict(recorded.committed)
-        self.members = Membership(home_devices(shape, devices))
+        self.members = Membership(devices, home_devices(shape, devices))
         self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
         self.pace = PaceLog(self.plans)
         self._fruitless = 0
         self._progress_at_announcement = -1
+        self._judged = (0, 0)
 
     @property
     def plan(self) -> Plan | None:
@@ -128,15 +129,7 @@ class Job:
         if incomplete:
             return []
         answers = self.quiescence.answers
-        situation = Situation(
-            generation=self.generation,
-            workers=self.members.workers(),
-            answers=answers,
-            history=self.plans,
-            rendezvous=self.members.rendezvous,
-            paces=self.pace.paces,
-        )
-        plan = plan_generation(self.shape, situation)
+        plan = plan_generation(self.shape, self._situation())
         if isinstance(plan, NoPlan):
             return self.halt(plan.reason)
         alive = self.members.alive()
@@ -158,6 +151,17 @@ class Job:
         lost_steps = max(0, committed + 1 - plan.resume_step)
         return [*effects, plan_note(plan, self.shape.sizes, lost_steps)]
 
+    def _situation(self) -> Situation:
+        return Situation(
+            generation=self.generation,
+            workers=self.members.workers(),
+            answers=self.quiescence.answers,
+            history=self.plans,
+            rendezvous=self.members.rendezvous,
+            homes=self.members.homes,
+            paces=self.pace.paces,
+        )
+
     def phase_done(self, note: PhaseDone) -> list[Effect]:
         """A worker finished a part of the change to this generation."""
         if note.phase is RecoveryPhase.RESUME and self.plan and note.member in self.placed():
@@ -174,20 +178,18 @@ class Job:
         return effects
 
     def grow_if_possible(self, now: float) -> list[Effect]:
-        """Announce the next generation if workers are ready that could fill a vacant slot."""
-        workers = self.members.workers()
-        active = set(self.plan.layout.slots()) if self.plan else set()
-        returned = set(complete_slots(self.shape, workers)) - active
-        if not returned or self.step_in_flight() >= self.shape.steps - 1:
+        """Announce the next generation if workers are ready that could take a place."""
+        plan = self.plan
+        # Who was not wanted is not wanted as long as nobody comes or goes.
+        known = (self.generation, self.members.changes)
+        if plan is None or known == self._judged or self.step_in_flight() >= self.shape.steps - 1:
             return []
-        placed = self.placed()
-        newcomers = [
-            member
-            for coordinate, member in workers.items()
-            if coordinate.slot_ref in returned and member not in placed
-        ]
-        names = ", ".join(str(member.device) for member in newcomers)
-        return self.announce(f"{names} is ready again", False, now)
+        self._judged = known
+        wanted = newcomers(self.shape, self._situation(), plan)
+        if not wanted:
+            return []
+        names = ", ".join(str(member.device) for member in wanted)
+        return self.announce(f"{names} can take a place", False, now)
 
     def complete_if_done(self) -> list[Effect]:
         """End the job if everybody committed the last step."""

@@ -6,17 +6,20 @@ node still says of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from elastic.messages import AgentRecord
 from elastic.topology import Coordinate, DeviceId, Member
 
 
 class Membership:
-    """Book of members, by the devices that the grid's places belong to."""
+    """Book of members by device. `homes` are the devices that the grid's places prefer; devices
+    beyond them are spares. `changes` counts how often a worker became ready or went."""
 
-    def __init__(self, places: Mapping[DeviceId, Coordinate]) -> None:
-        self._places = dict(places)
+    def __init__(self, devices: Iterable[DeviceId], homes: Mapping[Coordinate, DeviceId]) -> None:
+        self.homes = homes
+        self.changes = 0
+        self._devices = frozenset(devices)
         self._ready: dict[DeviceId, Member] = {}
         self._gone: set[Member] = set()
         self._agents: dict[int, AgentRecord] = {}
@@ -31,8 +34,10 @@ class Membership:
             ended = self.remove_node(record.node)
         self._agents[record.node] = record
         for member in record.ready:
-            if member not in self._gone and member.device in self._places:
+            is_new = member not in self._gone and self._ready.get(member.device) != member
+            if is_new and member.device in self._devices:
                 self._ready[member.device] = member
+                self.changes += 1
         return ended
 
     def remove(self, member: Member) -> None:
@@ -40,6 +45,7 @@ class Membership:
         self._gone.add(member)
         if self._ready.get(member.device) == member:
             del self._ready[member.device]
+            self.changes += 1
 
     def remove_node(self, node: int) -> set[Member]:
         """The node's agent is gone, and its workers with it; returns those that were ready."""
@@ -49,18 +55,17 @@ class Membership:
             self.remove(member)
         return lost
 
-    def workers(self) -> dict[Coordinate, Member]:
-        """Ready workers by place, in order of place."""
-        found = {self._places[device]: member for device, member in self._ready.items()}
-        return dict(sorted(found.items()))
+    def workers(self) -> dict[DeviceId, Member]:
+        """The ready worker of each device that has one."""
+        return dict(self._ready)
 
     def alive(self) -> set[Member]:
         """The ready workers themselves."""
         return set(self._ready.values())
 
     def missing(self) -> list[DeviceId]:
-        """Devices whose place has no ready worker."""
-        return [device for device in self._places if device not in self._ready]
+        """Devices without a ready worker that places prefer."""
+        return [device for device in self.homes.values() if device not in self._ready]
 
     @property
     def rendezvous(self) -> str:

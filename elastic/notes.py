@@ -97,6 +97,15 @@ def plan_note(plan: Plan, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:
                 stage.elements(size) for stage, size in zip(plan.reshard, sizes, strict=True)
             ),
             "slots": {str(a.coordinate): str(a.member) for a in plan.placement},
+            "throughput": round(plan.throughput, 4),
+            "alternatives": [
+                {
+                    "action": each.action.value,
+                    "throughput": round(each.throughput, 4),
+                    "why_not": each.why_not,
+                }
+                for each in plan.alternatives
+            ],
             "digest": plan.digest,
         },
     )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain, product, starmap, zip_longest
+from operator import eq, itemgetter
 
 import msgspec
 
 from elastic.topology import Assignment, Member
 from ntp.geometry import ParallelLayout, SlotRef
-from ntp.groups import GroupSpec, groups_of, places
+from ntp.groups import GroupSpec, groups_of
 from ntp.reshard_plan import ReshardPlan
 from ntp.sync_plan import plan_sync
 
@@ -37,6 +39,16 @@ class StateSource(StrEnum):
 
     INITIALIZE = "initialize"
     PEERS = "peers"
+    CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """What could have been done instead: its throughput relative to full strength, and why not."""
+
+    action: Action
+    throughput: float
+    why_not: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +56,28 @@ class Plan:
     """One generation.
 
     `placement` lists the workers by rank. `donors` follow them in rank: survivors that lost their
-    place, hold shards that others need, and take part until these have them. `survivors` are those
-    of both whose state the moves count on; any other begins with nothing. All `stages` pipeline
-    stages have the same layout, and `reshard` has the moves of each. `source_layout` is the layout
-    that `reshard` starts from, that of `source_generation` (None and 0 when state is initialised).
+    place, hold shards that others may need, and take part until these have them. `movers` are
+    survivors that lost their place and got another one: each is named with the old place, whose
+    shards it sends like a donor, and stands in `placement` with the new one, whose shards it
+    receives like a newcomer. `newcomers` are those who begin with nothing where others hold state,
+    whatever they remember; where no worker's state is used, all do, and none is named. All `stages`
+    pipeline stages have the same layout, and `reshard` has the moves of each. `source_layout` is
+    the layout that `reshard` starts from, that of `source_generation` (None and 0 where no worker's
+    state is used).
     `kept_replicas` are those whose tensor-parallel and pipeline communicators go on. `batch_split`
     is samples per replica, in the layout's order. `resume_step` is the first step of the
     generation; survivors that have not committed the step before it apply that with `apply_vote`.
     `redone`: work on `resume_step` had begun and is dropped. `rendezvous` is host:port of the store
-    to meet in.
+    to meet in. `throughput` is relative to full strength; `alternatives` are what was considered
+    beside this.
     """
 
     generation: int
     action: Action
     placement: tuple[Assignment, ...]
     donors: tuple[Assignment, ...]
-    survivors: tuple[Member, ...]
+    movers: tuple[Assignment, ...]
+    newcomers: tuple[Member, ...]
     stages: int
     layout: ParallelLayout
     source_layout: ParallelLayout | None
@@ -72,26 +90,41 @@ class Plan:
     redone: bool
     state_source: StateSource
     rendezvous: str
+    throughput: float
+    alternatives: tuple[Alternative, ...]
     reason: str
 
     def __post_init__(self) -> None:
-        filled = tuple(assignment.coordinate for assignment in self.placement)
-        members = {assignment.member for assignment in self.participants}
-        replicas = {replica.replica for replica in self.layout.replicas}
+        # A job may have a hundred thousand places, so the loops over them are left to C.
+        members = set(map(itemgetter(1), self.participants))
+        left = [place.slot_ref for place, _ in (*self.donors, *self.movers)]
+        leavers = {member for _, member in (*self.donors, *self.movers)}
+        replicas = {replica.replica: set(replica.active) for replica in self.layout.replicas}
+        slots = chain.from_iterable(
+            product((replica.replica,), range(self.stages), replica.active)
+            for replica in self.layout.replicas
+        )
         conditions = {
-            "placement fills the layout's slots in every stage, in order of rank": filled
-            == places(self.layout, self.stages),
+            "placement fills the layout's slots in every stage, in order of rank": all(
+                starmap(eq, zip_longest(map(itemgetter(0), self.placement), slots))
+            ),
             "each stage has its moves": len(self.reshard) == self.stages,
             "no worker is placed twice": len(members) == len(self.participants),
-            "survivors take part": set(self.survivors) <= members,
-            "donors have no place": not {a.coordinate for a in self.donors} & set(filled),
+            "newcomers take part": members.issuperset(self.newcomers),
+            "movers and donors survive": leavers.isdisjoint(self.newcomers),
+            "movers are placed, and donors are not": len(leavers) == len(left)
+            and members.issuperset(leavers),
+            "who leaves a place leaves it vacant": not any(
+                ref.slot in replicas.get(ref.replica, ()) for ref in left
+            ),
             "each replica has a share of the batch": len(self.batch_split) == len(replicas)
             and all(share > 0 for share in self.batch_split),
             "state has a source exactly if it is not initialised": (self.source_layout is None)
             == (self.source_generation == 0),
             "steps count from 0 and generations from 1": self.resume_step >= 0
             and self.generation >= 1,
-            "kept groups belong to replicas": set(self.kept_replicas) <= replicas,
+            "kept groups belong to replicas": replicas.keys() >= set(self.kept_replicas),
+            "something is computed": self.throughput > 0,
         }
         broken = [condition for condition, holds in conditions.items() if not holds]
         if broken:
@@ -107,18 +140,42 @@ class Plan:
         """Everybody who takes part in the change to this generation, by rank of the meeting."""
         return self.placement + self.donors
 
+    def survives(self, member: Member) -> bool:
+        """Whether the moves count on the state that this participant holds."""
+        return self.source_layout is not None and member not in self.newcomers
+
+    def came_anew(self, member: Member) -> bool:
+        """Whether this participant fills a place that it did not have before."""
+        return member in self.newcomers or any(member == mover for _, mover in self.movers)
+
     def groups_of(self, rank: int) -> tuple[GroupSpec, ...]:
         """The communicators that rank `rank` of the meeting is in, in creation order."""
         sync = plan_sync(self.layout)
         return groups_of(rank, self.layout, sync, self.stages, len(self.donors))
 
     def meeting_ranks(self, stage: int) -> dict[SlotRef, int]:
-        """Rank in the meeting of every slot of `stage`."""
-        return {
-            assignment.coordinate.slot_ref: rank
-            for rank, assignment in enumerate(self.participants)
-            if assignment.coordinate.stage == stage
+        """Rank in the meeting of every slot of `stage`, of those that are left too."""
+        ranks = {
+            place.slot_ref: rank
+            for rank, (place, _) in enumerate(self.participants)
+            if place.stage == stage
         }
+        for old, member in self.movers:
+            if old.stage == stage:
+                ranks[old.slot_ref] = next(
+                    rank for rank, each in enumerate(self.placement) if each.member == member
+                )
+        return ranks
+
+    def rows(self) -> dict[int, tuple[Assignment, ...]]:
+        """The assignments of each replica."""
+        rows: dict[int, tuple[Assignment, ...]] = {}
+        begin = 0
+        for replica in self.layout.replicas:
+            end = begin + replica.degree * self.stages
+            rows[replica.replica] = self.placement[begin:end]
+            begin = end
+        return rows
 
     def stage_ranks(self) -> dict[SlotRef, int]:
         """Rank of every slot within its stage, which is the same in all stages."""

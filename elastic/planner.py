@@ -1,146 +1,183 @@
 """What to do about the workers that are there: the next generation's plan.
 
-Pure. The planner is given who is alive, what the survivors hold, and the plan they come from, and
-returns a Plan or, if nothing can be done, NoPlan; either carries its reason. Every place in the
-grid belongs to one device (its *home*), so the choice here is which slots of each replica are
-active: those whose home devices have a ready worker in every pipeline stage. A slot that lost its
-worker in one stage is vacated in all, and its other workers idle until it is whole again. A replica
-that lost some goes on at the reduced degree (REDUCE_TP), one that got a device back grows
-(GROW_TP), one that lost all is left out until a device returns (DROP_REPLICA). The global batch
-stays what it was and is split anew.
+Pure. The planner is given who is ready, what the survivors hold, and the plans of the run so far,
+and returns a Plan or, if nothing can be done, NoPlan; either carries its reason. In order:
+
+1. what state there is: nobody's yet, that which survivors hold, or a checkpoint's (`_find_state`);
+2. at which degree each replica runs and who sits where (`elastic.candidates`,
+   `elastic.placement`): vacancies are filled by returned devices and spares, replicas that cannot
+   be filled go on reduced (REDUCE_TP) or are left out (DROP_REPLICA) until devices are back;
+3. the layout that follows, and what moves from whom to whom (`ntp.reshard_plan`);
+4. the split of the global batch, which stays what it was.
+
+A slot that lacks a worker in one pipeline stage is vacated in all; its other workers are free for
+other places. What is the same as in the source's plan is taken over as it is, so the work
+of a plan is mostly that of what changed.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, itemgetter
 
 from elastic.apportion import apportion
+from elastic.candidates import choose
+from elastic.job_shape import JobShape as JobShape
+from elastic.job_shape import PlacementRules as PlacementRules
+from elastic.job_shape import home_devices as home_devices
 from elastic.messages import Quiesced
+from elastic.missing_state import missing_state
 from elastic.pace import Pace
+from elastic.placement import Row, Seating, roster_at_home, roster_of_survivors
 from elastic.plan import Action, NoPlan, Plan, StateSource
+from elastic.plan_reason import change, first_change
 from elastic.session import Resume, Standing, UnrecoverableStep, decide_resume
+from elastic.throughput import planned_throughput, relative_paces
 from elastic.topology import Assignment, Coordinate, DeviceId, Member
-from elastic.workload import SplitBatchBy, sample_costs, split_reason
-from ntp.atoms import AtomCounts, AtomSizes, total_sizes
+from elastic.workload import sample_costs, split_reason
+from ntp.atoms import total_sizes
 from ntp.geometry import ParallelLayout, ReplicaLayout, SlotRef, full_layout, with_active
-from ntp.groups import places
 from ntp.reshard_plan import NoHolder, ReshardPlan, plan_reshard
-
-
-@dataclass(frozen=True, slots=True)
-class JobShape:
-    """What a plan needs to know of the job: the model in atoms, the grid, the batch, its length.
-
-    `sizes` are those of each pipeline stage, whose number is `stages`. `least_share`: samples that
-    each replica must take.
-    """
-
-    counts: AtomCounts
-    sizes: tuple[AtomSizes, ...]
-    tensor: int
-    stages: int
-    replicas: int
-    global_batch_size: int
-    micro_batch_size: int
-    steps: int
-    split_batch_by: SplitBatchBy = SplitBatchBy.DEGREE
-    least_share: int = 1
-
-
-def home_devices(shape: JobShape, devices: Sequence[DeviceId]) -> dict[DeviceId, Coordinate]:
-    """The place of each device, over `devices` in order: replica by replica, stage by stage.
-
-    A replica's stages, and the slots of a stage, so lie next to each other.
-    """
-    grid = [
-        Coordinate(replica, stage, slot)
-        for replica in range(shape.replicas)
-        for stage in range(shape.stages)
-        for slot in range(shape.tensor)
-    ]
-    return dict(zip(devices, grid, strict=False))
-
-
-def complete_slots(shape: JobShape, workers: Mapping[Coordinate, Member]) -> tuple[SlotRef, ...]:
-    """Slots that have a worker in every stage, in order; only these can be active."""
-    found = Counter(coordinate.slot_ref for coordinate in workers)
-    return tuple(sorted(ref for ref, count in found.items() if count == shape.stages))
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What is known when a plan is made.
 
-    `workers` are the ready processes by place; `answers` what those of them that were running said
-    when they stopped; `history` the plans of this run by generation; `paces` how fast those
-    replicas were that have been measured.
+    `workers` are the ready processes by device; `answers` what those of them that were running said
+    when they stopped, and nothing of those that are gone; `history` the plans of this run by
+    generation; `homes` the device that each place prefers; `paces` how fast those replicas were
+    that have been measured; `quarantined` devices take no part, whoever runs on them; `checkpoint`
+    is the last step that can be restored.
     """
 
     generation: int
-    workers: Mapping[Coordinate, Member]
+    workers: Mapping[DeviceId, Member]
     answers: Mapping[Member, Quiesced]
     history: Mapping[int, Plan]
     rendezvous: str
+    homes: Mapping[Coordinate, DeviceId]
     paces: Mapping[int, Pace] = field(default_factory=dict)
+    quarantined: frozenset[DeviceId] = frozenset()
+    checkpoint: int | None = None
+
+    @property
+    def previous(self) -> Plan | None:
+        """The newest plan."""
+        return self.history[max(self.history)] if self.history else None
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Where the state comes from: the workers of `source` but those `lost`; or no worker (None)."""
+
+    kind: StateSource
+    resume: Resume
+    source: Plan | None = None
+    lost: tuple[Assignment, ...] = ()
 
 
 def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
     """The next generation, or why there can be none."""
-    if not complete_slots(shape, situation.workers):
-        if not situation.workers:
-            return NoPlan("no worker is left")
-        return NoPlan(f"no slot has a worker in each of the {shape.stages} pipeline stages")
-    standings = _standings(situation)
-    switched = any(standing.layout_generation for standing in standings.values())
-    if not switched and _nothing_was_committed(situation):
-        source, resume = None, Resume(0, None, False, 0, "the job starts")
-    elif not standings:
-        return NoPlan("no survivor holds any state, and no checkpoint is configured")
-    else:
+    workers = _admitted(situation)
+    if not workers:
+        return NoPlan("no worker is left")
+    state = _find_state(situation)
+    if isinstance(state, _State):
         try:
-            resume = decide_resume(list(standings.values()))
-        except UnrecoverableStep as error:
-            return NoPlan(str(error))
-        source = situation.history.get(resume.layout_generation)
-        if source is None:
-            return NoPlan(
-                f"survivors hold generation {resume.layout_generation}, which has no plan"
-            )
-    layout = _target_layout(shape, source.layout if source else None, situation.workers)
-    try:
-        survivors = _survivors(source, situation.workers, standings)
-        reshard = _reshard(shape, source, layout, survivors)
-    except NoHolder as error:
-        return NoPlan(f"{error}, and there are no checkpoints")
-    placement = _placement(shape, layout, situation.workers)
-    donors = _donors(layout, survivors)
+            return _plan(shape, situation, workers, state)
+        except NoHolder:
+            assert state.source is not None
+            held = dict(state.source.placement).keys() - dict(state.lost).keys()
+            state = NoPlan(f"nobody alive holds {missing_state(state.source, held)}")
+    if situation.checkpoint is None:
+        return NoPlan(f"{state.reason}, and there are no checkpoints")
+    step = situation.checkpoint
+    reason = f"{state.reason}; step {step} is restored from its checkpoint"
+    restored = _State(StateSource.CHECKPOINT, Resume(step + 1, None, False, 0, reason))
+    return _plan(shape, situation, workers, restored)
+
+
+def newcomers(shape: JobShape, situation: Situation, present: Plan) -> tuple[Member, ...]:
+    """The idle workers that a plan made now would place; none if it is better to go on as is.
+
+    `present` is the plan that runs. Nothing is asked of `situation` but workers, homes, paces and
+    quarantine.
+    """
+    if sum(replica.degree for replica in present.layout.replicas) == shape.tensor * shape.replicas:
+        return ()
+    placed = set(map(itemgetter(1), present.placement))
+    idle = [member for member in _admitted(situation).values() if member not in placed]
+    if not idle:
+        return ()
+    roster = roster_of_survivors(shape, present.rows(), (), idle, situation.homes)
+    choice = choose(shape, roster, situation.homes, relative_paces(shape, situation.paces))
+    if isinstance(choice, NoPlan):
+        return ()
+    seated = {member for row in choice.seating.rows.values() for _, member in row}
+    return tuple(sorted(seated.intersection(idle)))
+
+
+def _admitted(situation: Situation) -> Mapping[DeviceId, Member]:
+    """The workers that may take part."""
+    if not situation.quarantined:
+        return situation.workers
+    return {d: member for d, member in situation.workers.items() if d not in situation.quarantined}
+
+
+def _plan(
+    shape: JobShape, situation: Situation, workers: Mapping[DeviceId, Member], state: _State
+) -> Plan | NoPlan:
+    """The plan on this state. Raises NoHolder if the survivors do not hold all of it."""
+    source, homes, previous = state.source, situation.homes, situation.previous
+    paces = relative_paces(shape, situation.paces)
+    old_rows: Mapping[int, Row] = source.rows() if source else {}
+    if source is None:
+        roster = roster_at_home(shape, workers, homes)
+    else:
+        free = _free(workers, situation, state)
+        roster = roster_of_survivors(shape, old_rows, state.lost, free, homes)
+    choice = choose(shape, roster, homes, paces)
+    if isinstance(choice, NoPlan):
+        return choice
+    layout = _layout(shape, source.layout if source else None, choice.seating)
+    rows = {replica.replica: choice.seating.rows[replica.replica] for replica in layout.replicas}
+    placement = tuple(chain.from_iterable(rows.values()))
+    came, donors, movers = _changes(old_rows, rows, state.lost)
     batch_split = split_batch(shape, layout, situation.paces)
+    before = old_rows if previous is source else previous.rows() if previous else {}
+    if previous is None:
+        action, words = Action.CONTINUE, first_change(layout, len(workers))
+    else:
+        idle = len(workers) - len(placement)
+        action, words = change(before, rows, movers, homes, shape.stages, idle)
+    if state.kind is StateSource.CHECKPOINT:
+        action = Action.RESTORE
     division = split_reason(shape.split_batch_by, batch_split, situation.paces)
-    previous = situation.history[max(situation.history)] if situation.history else None
-    action, change = _action(previous, layout, situation.workers, shape.stages)
     return Plan(
         generation=situation.generation,
         action=action,
         placement=placement,
         donors=donors,
-        survivors=tuple(
-            a.member for a in (*placement, *donors) if survivors.get(a.coordinate) == a.member
-        ),
+        movers=movers,
+        newcomers=came if source else (),
         stages=shape.stages,
         layout=layout,
         source_layout=source.layout if source else None,
-        source_generation=resume.layout_generation if source else 0,
-        kept_replicas=_kept_replicas(previous, placement, situation.answers),
-        reshard=reshard,
+        source_generation=source.generation if source else 0,
+        kept_replicas=_kept_replicas(old_rows, before, rows, situation.answers),
+        reshard=_reshard(shape, source, layout, state.lost, movers),
         batch_split=batch_split,
-        resume_step=resume.resume_step,
-        apply_vote=resume.vote,
-        redone=resume.redone,
-        state_source=StateSource.PEERS if source else StateSource.INITIALIZE,
+        resume_step=state.resume.resume_step,
+        apply_vote=state.resume.vote,
+        redone=state.resume.redone,
+        state_source=state.kind,
         rendezvous=situation.rendezvous,
-        reason=f"{change}; {resume.reason}; {division}",
+        throughput=planned_throughput(shape, layout, batch_split, paces),
+        alternatives=choice.alternatives,
+        reason=f"{words}; {state.resume.reason}; {division}",
     )
 
 
@@ -152,22 +189,69 @@ def split_batch(
     return apportion(shape.global_batch_size, costs, shape.least_share)
 
 
-def _standings(situation: Situation) -> dict[Member, Standing]:
-    """What the survivors hold, without those that idled since a plan that others adopted."""
-    standings = {
-        member: answer.standing
-        for member, answer in situation.answers.items()
-        if answer.standing is not None
-    }
-    newest = max((standing.layout_generation for standing in standings.values()), default=0)
-    if newest not in situation.history:
-        return standings
-    placed = {assignment.member for assignment in situation.history[newest].placement}
-    return {
-        member: standing
-        for member, standing in standings.items()
-        if member in placed or not standing.layout_generation
-    }
+def _find_state(situation: Situation) -> _State | NoPlan:
+    """What the workers hold together."""
+    standings, empty = _standings(situation)
+    switched = any(map(attrgetter("layout_generation"), standings))
+    if not switched and _nothing_was_committed(situation):
+        return _State(StateSource.INITIALIZE, Resume(0, None, False, 0, "the job starts"))
+    if not standings:
+        return NoPlan("no survivor holds any state")
+    try:
+        resume = decide_resume(standings)
+    except UnrecoverableStep as error:
+        return NoPlan(str(error))
+    source = situation.history.get(resume.layout_generation)
+    if source is None:
+        return NoPlan(f"survivors hold generation {resume.layout_generation}, which has no plan")
+    return _State(StateSource.PEERS, resume, source, _lost(source, situation, empty))
+
+
+def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
+    """What the survivors hold; and who answered, but holds nothing that counts.
+
+    Nothing counts that a worker holds which idled since a plan that others adopted.
+    """
+    answers = situation.answers
+    empty = {member for member, answer in answers.items() if answer.standing is None}
+    held = [answer.standing for answer in answers.values() if answer.standing is not None]
+    generations = set(map(attrgetter("layout_generation"), held))
+    newest = max(generations, default=0)
+    if newest in situation.history and generations - {0, newest}:
+        placed = set(map(itemgetter(1), situation.history[newest].placement))
+        for member, answer in answers.items():
+            standing = answer.standing
+            if standing and standing.layout_generation and member not in placed:
+                empty.add(member)
+                held.remove(standing)
+    return held, empty
+
+
+def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
+    """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
+    answers, quarantined = situation.answers, situation.quarantined
+    lost = [each for each in source.placement if each.member not in answers]
+    if empty or quarantined:
+        lost += [
+            each
+            for each in source.placement
+            if each.member in empty
+            or (each.member.device in quarantined and each.member in answers)
+        ]
+    return tuple(lost)
+
+
+def _free(workers: Mapping[DeviceId, Member], situation: Situation, state: _State) -> list[Member]:
+    """Workers that hold none of the state that is used."""
+    assert state.source is not None
+    placement, answers = state.source.placement, situation.answers
+    free: list[Member] = []
+    if situation.quarantined or len(workers) > len(answers):
+        free = [member for member in workers.values() if member not in answers]
+    if len(answers) > len(placement) - len(state.lost):
+        holding = set(map(itemgetter(1), placement)).difference(map(itemgetter(1), state.lost))
+        free += [m for m in answers if m not in holding and workers.get(m.device) == m]
+    return free
 
 
 def _nothing_was_committed(situation: Situation) -> bool:
@@ -176,161 +260,109 @@ def _nothing_was_committed(situation: Situation) -> bool:
     A worker that was placed and did not switch to its shards never passed the barrier, without
     which nobody can have taken part in a vote.
     """
-    if not situation.history:
+    if situation.previous is None:
         return True
-    newest = situation.history[max(situation.history)]
-    placed = {assignment.member for assignment in newest.placement}
+    placed = {assignment.member for assignment in situation.previous.placement}
     only_started = all(
         plan.state_source is StateSource.INITIALIZE for plan in situation.history.values()
     )
     return only_started and bool(placed & set(situation.answers))
 
 
-def _target_layout(
-    shape: JobShape, source: ParallelLayout | None, workers: Mapping[Coordinate, Member]
-) -> ParallelLayout:
-    full = full_layout(shape.counts, shape.tensor, shape.replicas)
+def _layout(shape: JobShape, source: ParallelLayout | None, seating: Seating) -> ParallelLayout:
+    """The layout of those who are seated, moving as little as can be of the source's."""
     known = {replica.replica: replica for replica in source.replicas} if source else {}
-    complete = complete_slots(shape, workers)
-    replicas: list[ReplicaLayout] = []
-    for replica in full.replicas:
-        active = tuple(ref.slot for ref in complete if ref.replica == replica.replica)
-        if active:
-            replicas.append(with_active(known.get(replica.replica, replica), active))
-    return ParallelLayout(shape.tensor, tuple(replicas))
+    template: Mapping[int, ReplicaLayout] = {}
+    if not seating.rows.keys() <= known.keys():
+        full = full_layout(shape.counts, shape.tensor, shape.replicas)
+        template = {replica.replica: replica for replica in full.replicas}
+    return ParallelLayout(
+        shape.tensor,
+        tuple(
+            with_active(layout, seating.active.get(number, layout.active))
+            for number in sorted(seating.rows)
+            if (layout := known.get(number) or template[number])
+        ),
+    )
 
 
-def _survivors(
-    source: Plan | None, workers: Mapping[Coordinate, Member], standings: Mapping[Member, Standing]
-) -> dict[Coordinate, Member]:
-    """Workers that hold the state which belongs to their place in the source's layout."""
-    placed = {a.coordinate: a.member for a in source.placement} if source else {}
-    return {
-        coordinate: member
-        for coordinate, member in workers.items()
-        if member in standings and placed.get(coordinate) == member
-    }
+def _changes(
+    before: Mapping[int, Row], after: Mapping[int, Row], lost: Sequence[Assignment]
+) -> tuple[tuple[Member, ...], tuple[Assignment, ...], tuple[Assignment, ...]]:
+    """Who is new; and which survivors lose their place, named with it: donors, and movers, who get
+    another.
+
+    All of them, also those that need not send: what they hold may be the last copy if another
+    worker is lost before everybody has switched.
+    """
+    changed = [number for number in {*before, *after} if before.get(number) != after.get(number)]
+    old = {each for number in changed for each in before.get(number, ())}.difference(lost)
+    new = {each for number in changed for each in after.get(number, ())}
+    left = sorted(old - new)
+    placed = {member for _, member in new}
+    holding = {member for _, member in old}
+    return (
+        tuple(member for _, member in sorted(new) if member not in holding),
+        tuple(each for each in left if each.member not in placed),
+        tuple(each for each in left if each.member in placed),
+    )
 
 
 def _reshard(
-    shape: JobShape, source: Plan | None, layout: ParallelLayout, survivors: Collection[Coordinate]
+    shape: JobShape,
+    source: Plan | None,
+    layout: ParallelLayout,
+    lost: Sequence[Assignment],
+    movers: Sequence[Assignment],
 ) -> tuple[ReshardPlan, ...]:
     """The moves of each stage.
 
-    Workers send that the new layout places; if these do not hold everything, all survivors may.
+    Workers send that the plan places; if these do not hold everything, all survivors may.
     """
     if source is None:
         return (ReshardPlan(()),) * shape.stages
-    active = set(layout.slots())
+    everywhere = frozenset(source.layout.slots())
+    now = {replica.replica: replica for replica in layout.replicas}
+    vacated = {
+        SlotRef(old.replica, slot)
+        for old in source.layout.replicas
+        if (new := now.get(old.replica)) is not old
+        for slot in old.active
+        if new is None or slot not in new.active
+    }
     sizes = total_sizes(shape.sizes)
     # Stages mostly have the same holders, and then the same moves.
     known: dict[frozenset[SlotRef], ReshardPlan] = {}
     plans: list[ReshardPlan] = []
     for stage in range(shape.stages):
-        living = frozenset(place.slot_ref for place in survivors if place.stage == stage)
-        placed = living & active
+        gone = {place.slot_ref for place, _ in lost if place.stage == stage}
+        moving = {place.slot_ref for place, _ in movers if place.stage == stage}
+        placed = (everywhere - vacated - gone) | moving
         if placed not in known:
             try:
                 known[placed] = plan_reshard(source.layout, layout, placed, sizes)
             except NoHolder:
-                plans.append(plan_reshard(source.layout, layout, living, sizes))
+                plans.append(plan_reshard(source.layout, layout, everywhere - gone, sizes))
                 continue
         plans.append(known[placed])
     return tuple(plans)
 
 
-def _donors(
-    layout: ParallelLayout, survivors: Mapping[Coordinate, Member]
-) -> tuple[Assignment, ...]:
-    """Survivors that lose their place.
-
-    All of them, also those that need not send: what they hold may be the last copy if another
-    worker is lost before everybody has switched.
-    """
-    active = set(layout.slots())
-    return tuple(
-        Assignment(place, member)
-        for place, member in sorted(survivors.items())
-        if place.slot_ref not in active
-    )
-
-
-def _placement(
-    shape: JobShape, layout: ParallelLayout, workers: Mapping[Coordinate, Member]
-) -> tuple[Assignment, ...]:
-    return tuple(
-        Assignment(coordinate, workers[coordinate]) for coordinate in places(layout, shape.stages)
-    )
-
-
 def _kept_replicas(
-    previous: Plan | None,
-    placement: Sequence[Assignment],
+    source: Mapping[int, Row],
+    before: Mapping[int, Row],
+    after: Mapping[int, Row],
     answers: Mapping[Member, Quiesced],
 ) -> tuple[int, ...]:
-    """Replicas that have the members they had, all of them saying that their groups work."""
-    if previous is None:
-        return ()
-    before = _members_by_replica(previous.placement)
-    now = _members_by_replica(placement)
+    """Replicas that have the members they had, all of them saying that their groups work.
+
+    They must have had them in the source's plan too: whoever is new there since then may speak of
+    other groups.
+    """
+    broken = {answer.member for answer in answers.values() if not answer.replica_groups_intact}
     return tuple(
         replica
-        for replica, members in now.items()
-        if before.get(replica) == members
-        and all(
-            (answer := answers.get(member)) is not None and answer.replica_groups_intact
-            for member in members
-        )
+        for replica, row in after.items()
+        if row == before.get(replica) == source.get(replica)
+        and broken.isdisjoint(map(itemgetter(1), row))
     )
-
-
-def _members_by_replica(placement: Sequence[Assignment]) -> dict[int, tuple[Member, ...]]:
-    members: dict[int, tuple[Member, ...]] = {}
-    for assignment in placement:
-        replica = assignment.coordinate.replica
-        members[replica] = (*members.get(replica, ()), assignment.member)
-    return members
-
-
-def _action(
-    previous: Plan | None,
-    layout: ParallelLayout,
-    workers: Mapping[Coordinate, Member],
-    stages: int,
-) -> tuple[Action, str]:
-    if previous is None:
-        degrees = "+".join(f"TP{replica.degree}" for replica in layout.replicas)
-        return Action.CONTINUE, f"all {len(workers)} workers are ready: {degrees}"
-    before, now = set(previous.layout.slots()), set(layout.slots())
-    lost, returned = sorted(before - now), sorted(now - before)
-    parts = [f"{_name(ref)} is vacant" for ref in lost]
-    parts += [f"{_name(ref)} returned" for ref in returned]
-    parts += [
-        f"replica {replica.replica} goes to TP{replica.degree}"
-        for replica in layout.replicas
-        if replica.replica in {ref.replica for ref in (*lost, *returned)}
-    ]
-    idle = len(workers) - len(now) * stages
-    if idle:
-        who = (
-            "worker idles, as its slot lacks" if idle == 1 else "workers idle, as their slots lack"
-        )
-        parts.append(f"{idle} {who} another stage")
-    kept = {replica.replica for replica in layout.replicas}
-    dropped = sorted({ref.replica for ref in lost} - kept)
-    parts += [f"replica {replica} has no slot left and is dropped" for replica in dropped]
-    if dropped:
-        action = Action.DROP_REPLICA
-    elif lost:
-        action = Action.REDUCE_TP
-    elif returned:
-        action = Action.GROW_TP
-    else:
-        action = Action.CONTINUE
-        replaced = {a.member for a in previous.placement} - set(workers.values())
-        parts = [f"{len(replaced)} workers replaced in place" if replaced else "nobody was lost"]
-    return action, ", ".join(parts)
-
-
-def _name(ref: SlotRef) -> str:
-    return f"replica {ref.replica} slot {ref.slot}"

@@ -15,9 +15,9 @@ from elastic.controller import Controller
 from elastic.driver import Driver
 from elastic.effects import Limits
 from elastic.faults import Fault
+from elastic.job_shape import JobShape, cluster_devices
 from elastic.journal import Listener, Recorder
 from elastic.node_workers import NodeSpec, WorkerMain
-from elastic.planner import JobShape
 from elastic.recorded import Recorded
 from elastic.store import Store
 from elastic.topology import DeviceId
@@ -39,14 +39,8 @@ class RunSpec:
 
     @property
     def devices(self) -> tuple[DeviceId, ...]:
-        """The devices that have a place in the grid, in order; spares come after them."""
-        devices = [
-            DeviceId(node, index)
-            for node in range(self.cluster.nodes)
-            for index in range(self.cluster.devices_per_node)
-        ]
-        shape = self.shape
-        return tuple(devices[: shape.tensor * shape.stages * shape.replicas])
+        """All devices, in order; those beyond the grid are spares."""
+        return cluster_devices(self.cluster.nodes, self.cluster.devices_per_node)
 
     @property
     def logs(self) -> Path:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from operator import attrgetter
 
 from ntp.geometry import SlotRef
 
@@ -146,23 +147,22 @@ def decide_resume(standings: Sequence[Standing]) -> Resume:
 
     Raises UnrecoverableStep, which only a bug or a lost state can cause.
     """
-    layout = max(standing.layout_generation for standing in standings)
+    # There may be a hundred thousand, so the loops over them are left to C where possible.
+    layout = max(map(attrgetter("layout_generation"), standings))
     if layout == 0:
         # Only newcomers are left, none of which switched: what they received is as good.
-        layout = max(standing.pending_generation for standing in standings)
-    # A newcomer whose first shards nobody switched to holds nothing that counts.
-    standings = [
-        s
-        for s in standings
-        if layout in (s.layout_generation, s.pending_generation) or s.layout_generation
-    ]
-    elsewhere = [
-        s.slot for s in standings if layout not in (s.layout_generation, s.pending_generation)
-    ]
-    if elsewhere:
-        raise UnrecoverableStep(f"generation {layout} was adopted, but {elsewhere} hold none of it")
-    decided = max(max(standing.committed, standing.voted) for standing in standings)
-    redone = any(standing.begun > decided for standing in standings)
+        layout = max(map(attrgetter("pending_generation"), standings))
+    generations = attrgetter("layout_generation", "pending_generation")
+    if any(layout not in pair for pair in set(map(generations, standings))):
+        # A newcomer whose first shards nobody switched to holds nothing that counts.
+        standings = [s for s in standings if layout in generations(s) or s.layout_generation]
+        elsewhere = [s.slot for s in standings if layout not in generations(s)]
+        if elsewhere:
+            raise UnrecoverableStep(
+                f"generation {layout} was adopted, but {elsewhere} hold none of it"
+            )
+    decided = max(max(map(attrgetter(step), standings)) for step in ("committed", "voted"))
+    redone = max(map(attrgetter("begun"), standings)) > decided
     behind = [standing for standing in standings if standing.committed < decided]
     if not behind:
         reason = f"step {decided + 1} is redone" if redone else f"step {decided + 1} follows"

@@ -1,8 +1,11 @@
-"""Who sits where: devices, worker processes, and their places in the model's grid."""
+"""Who sits where: devices, worker processes, and their places in the model's grid.
+
+Named tuples, as tens of thousands are hashed and compared in every plan of a large job.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from health.events import DeviceId
 from ntp.groups import Coordinate
@@ -10,8 +13,7 @@ from ntp.groups import Coordinate
 __all__ = ["Assignment", "Coordinate", "DeviceId", "Member"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Member:
+class Member(NamedTuple):
     """One worker process. An incarnation number is never reused on its device."""
 
     device: DeviceId
@@ -21,8 +23,7 @@ class Member:
         return f"{self.device}#{self.incarnation}"
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """A worker process in a place; its rank is the position in the plan's placement."""
 
     coordinate: Coordinate

@@ -311,7 +311,7 @@ class Worker:
         else:
             trainable.discard()
         self._pending_generation = 0
-        if self.member not in plan.survivors:
+        if not plan.survives(self.member):
             # What it holds, if anything, is of a time when others went on without it.
             trainable.release()
             self.session, self._layout_generation = Session(), 0

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class DeviceId:
-    """One accelerator, or one CPU worker of a local run: `index` counts within `node`."""
+class DeviceId(NamedTuple):
+    """One accelerator, or one CPU worker of a local run: `index` counts within `node`.
+
+    A named tuple, as tens of thousands are hashed and compared in every plan of a large job.
+    """
 
     node: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
 
     def __str__(self) -> str:
         return f"node{self.node}/{self.index}"

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
+from typing import NamedTuple
 
 from ntp.atoms import AtomCounts, Axis
 from ntp.ranges import Range as Range
@@ -30,8 +31,7 @@ from ntp.ranges import by_start, common, deal, subtract, take
 from ntp.ranges import merged as merged
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class SlotRef:
+class SlotRef(NamedTuple):
     """A tensor-parallel slot of one replica. Ordered by replica, then slot."""
 
     replica: int

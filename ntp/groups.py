@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import itemgetter, lt
+from typing import NamedTuple
 
 from ntp.geometry import ParallelLayout, SlotRef
 from ntp.sync_plan import SyncPlan
@@ -58,8 +59,7 @@ class GroupSpec:
             )
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Coordinate:
+class Coordinate(NamedTuple):
     """A place in the grid of replicas, pipeline stages and tensor-parallel slots."""
 
     replica: int

@@ -43,22 +43,29 @@ def reshard(
     target: FlatState,
     kept: Sequence[AtomRange],
     limits: Limits = DEFAULT_LIMITS,
+    sends_as: SlotRef | None = None,
 ) -> int:
     """Run `plan` for one slot; returns the bytes received.
 
     `source` is what the slot held before (None in a fresh process) and `target` what it shall hold:
     the same kinds of state in the same order, with the same dtypes on all ranks. `kept` ranges are
     copied locally. Only `target` is written. Every slot of the plan calls this with equal `limits`.
+    `sends_as` is the slot that `source` belongs to, if the process goes from that one to `slot`;
+    both have its rank.
 
     Raises RuntimeError when a peer is lost; `target` is then undefined, `source` is as it was, and
     nothing of either is read or written any more.
     """
     me = ranks[slot]
+    old = slot if sends_as is None else sends_as
+    here = [move for move in plan.moves if (move.source, move.target) == (old, slot)]
+    sent = [move for move in plan.moves if move.source == old and move.target != slot]
+    gained = [move for move in plan.moves if move.target == slot and move.source != old]
     streams: dict[Route, Iterator[StateChunk[torch.Tensor]]] = {}
-    for peer, moves in _by_peer([move for move in plan.moves if move.source == slot], "target"):
+    for peer, moves in _by_peer(sent, "target"):
         assert source is not None, "a fresh process holds nothing to send"
         streams[Route(me, ranks[peer])] = cut(_pieces(source, moves), limits)
-    for peer, moves in _by_peer([move for move in plan.moves if move.target == slot], "source"):
+    for peer, moves in _by_peer(gained, "source"):
         streams[Route(ranks[peer], me)] = cut(_pieces(target, moves), limits)
     received = 0
     timeout = timedelta(seconds=limits.timeout_seconds)
@@ -74,7 +81,7 @@ def reshard(
     finally:
         flight.abandon()
     if source is not None:
-        _copy(source, target, kept)
+        _copy(source, target, [*kept, *((move.axis, move.atoms) for move in here)])
     return received
 
 

@@ -42,17 +42,19 @@ _ATOM = {
 }
 
 
+def atoms_name(axis: Axis | None, atoms: Range | None) -> str:
+    """Some atoms, or with None all replicated tensors, in words: first and last of a range."""
+    if axis is None or atoms is None:
+        return "the replicated tensors"
+    last = atoms.stop - 1
+    return f"{_ATOM[axis]}s {atoms.start}-{last}" if atoms.start < last else f"{_ATOM[axis]} {last}"
+
+
 class NoHolder(ValueError):
     """Something that a target slot needs is held by no living process."""
 
     def __init__(self, axis: Axis | None, atoms: Range | None) -> None:
-        what = "the replicated tensors"
-        if axis is not None and atoms is not None:
-            last = atoms.stop - 1
-            what = f"{_ATOM[axis]} {last}"
-            if atoms.start < last:
-                what = f"{_ATOM[axis]}s {atoms.start}-{last}"
-        super().__init__(f"nobody alive holds {what}")
+        super().__init__(f"nobody alive holds {atoms_name(axis, atoms)}")
         self.axis = axis
         self.atoms = atoms
 

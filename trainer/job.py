@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from elastic.forecast import ElementBytes
-from elastic.planner import JobShape
+from elastic.job_shape import JobShape, PlacementRules
+from elastic.job_shape import cluster_devices as devices_of
 from elastic.topology import DeviceId
 from elastic.workload import SplitBatchBy
 from ntp.atoms import atom_elements_by_axis
@@ -34,17 +35,18 @@ def job_shape(config: RunConfig) -> JobShape:
         micro_batch_size=config.train.micro_batch_size,
         steps=config.train.steps,
         split_batch_by=SplitBatchBy(config.train.split_batch_by),
+        rules=PlacementRules(
+            tensor_across_nodes=config.cluster.tensor_across_nodes,
+            least_gain=config.cluster.least_gain,
+            device_memory_bytes=config.cluster.device_memory_bytes,
+            element_bytes=element_bytes(config).resident,
+        ),
     )
 
 
 def cluster_devices(config: RunConfig) -> tuple[DeviceId, ...]:
     """All devices, in order; those beyond the grid are spares."""
-    cluster = config.cluster
-    return tuple(
-        DeviceId(node, index)
-        for node in range(cluster.nodes)
-        for index in range(cluster.devices_per_node)
-    )
+    return devices_of(config.cluster.nodes, config.cluster.devices_per_node)
 
 
 def element_bytes(config: RunConfig) -> ElementBytes:

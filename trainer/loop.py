@@ -168,6 +168,11 @@ class StepLoop:
 
     def _at(self, phase: FaultPhase) -> None:
         worker = self._worker
+        plan = self.training.current.plan
+        redoes = plan.redone and worker.session.step == plan.resume_step
+        if redoes and plan.came_anew(worker.member):
+            # What was to strike this place in this step struck whoever had it before.
+            return
         self._faults.strike(worker.coordinate, worker.session.step, phase, time.time())
 
     def _arm_faults(self) -> None:

@@ -227,7 +227,8 @@ def _arrows(forecast: Forecast) -> dict[_Arrow, int]:
         for move in moves:
             ends = cards[move.source.replica], move.source.slot
             to_ends = cards[move.target.replica], move.target.slot
-            assert move.axis is not None and move.atoms is not None, "survivors have the rest"
+            if move.axis is None or move.atoms is None:
+                continue  # It belongs to no home; the amounts beside the slots count it.
             for home, atoms in enumerate(homes[move.axis]):
                 if common := intersect(atoms, move.atoms):
                     arrows[_Arrow(*ends, *to_ends, home)] += sizes.of(move.axis) * len(common)

@@ -176,3 +176,5 @@ def _figures(forecast: Forecast, element: ElementBytes) -> Iterator[tuple[str, s
     yield "  with an equal split", f"{throughput.equal_split:.1%}"
     left = "" if throughput.without_wounded else " (none is whole)"
     yield "  without the wounded replicas", f"{throughput.without_wounded:.1%}{left}"
+    for other in forecast.after.alternatives:
+        yield f"  {other.action} instead", f"{other.throughput:.1%}: {other.why_not}"

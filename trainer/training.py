@@ -17,6 +17,7 @@ from torch import nn
 
 from elastic.plan import Plan, StateSource
 from elastic.worker import StepFigures
+from ntp.geometry import SlotRef
 from ntp.grad_sync import GradientSync, SyncGroups
 from ntp.groups import Coordinate
 from ntp.layers import ModelNumerics, bind_parameters, build_chunk
@@ -151,7 +152,8 @@ class Training:
         """Receive the shards of `plan` beside the present ones, which stay valid."""
         layout = plan.layout.replica(place.replica)
         current = self._current
-        if current is not None and current.state.layout == layout:
+        stays = current is not None and current.place == place
+        if current is not None and stays and current.state.layout == layout:
             # Nothing changes for this replica: keep state and model, and only send.
             held = (current.state.shards, current.state.persistent)
             self._exchange(plan, place, held, held, kept=())
@@ -165,11 +167,14 @@ class Training:
             model = self._config.model
             initialize(state, self._config.train.seed, model.init_method_std, model.num_layers)
         else:
-            assert plan.source_layout is not None
-            held_before = (current.state.shards, current.state.persistent) if current else None
-            kept = ranges_kept(plan.source_layout, plan.layout, place.slot_ref) if current else ()
+            assert plan.source_layout is not None, f"nobody restores from {plan.state_source} yet"
             received = (state.shards, state.persistent)
-            self._exchange(plan, place, held_before, received, kept)
+            if current is not None and not stays:
+                self._move(plan, current.place, place, received)
+            else:
+                before = (current.state.shards, current.state.persistent) if current else None
+                same = ranges_kept(plan.source_layout, plan.layout, place.slot_ref)
+                self._exchange(plan, place, before, received, same if before else ())
             state.publish()
         models = tuple(
             build_chunk(
@@ -201,6 +206,7 @@ class Training:
         source: FlatState | None,
         target: FlatState,
         kept: Sequence[AtomRange],
+        sends_as: SlotRef | None = None,
     ) -> None:
         """Run the moves of this stage, between the ranks of the meeting."""
         config = self._config
@@ -209,7 +215,22 @@ class Training:
             timeout_seconds=config.health.collective_timeout_seconds,
         )
         moves, ranks = plan.reshard[place.stage], plan.meeting_ranks(place.stage)
-        reshard(moves, place.slot_ref, ranks, self._groups.meeting, source, target, kept, limits)
+        meeting = self._groups.meeting
+        reshard(moves, place.slot_ref, ranks, meeting, source, target, kept, limits, sends_as)
+
+    def _move(self, plan: Plan, old: Coordinate, new: Coordinate, received: FlatState) -> None:
+        """Send what others need of the place `old`, and receive what `new` holds."""
+        state = self.current.state
+        held = (state.shards, state.persistent)
+        if old.stage == new.stage:
+            self._exchange(plan, new, held, received, (), sends_as=old.slot_ref)
+            return
+        # All go through the stages in one order, so that nobody waits in a circle.
+        for stage in sorted((old.stage, new.stage)):
+            if stage == old.stage:
+                self._exchange(plan, old, held, held, ())
+            else:
+                self._exchange(plan, new, None, received, ())
 
     def _accumulated(self, name: str) -> None:
         """A backward pass added to the gradient of a tensor."""

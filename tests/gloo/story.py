@@ -77,8 +77,10 @@ def story(
             )
             for place, member in workers.items()
         }
+        ready = {member.device: member for member in workers.values()}
+        homes = {place: DeviceId(0, number) for number, place in enumerate(grid)}
         plan = plan_generation(
-            job, Situation(generation, workers, answers if history else {}, history, "")
+            job, Situation(generation, ready, answers if history else {}, history, "", homes)
         )
         assert isinstance(plan, Plan), plan
         assert plan.resume_step == step

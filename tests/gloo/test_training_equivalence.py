@@ -16,12 +16,14 @@ STEPS = 5
 TOLERANCE = 1e-12
 
 
-def configuration(tensor: int, replicas: int) -> RunConfig:
+def configuration(
+    tensor: int, replicas: int, pipeline: int = 1, **model: int | bool | str
+) -> RunConfig:
     """A run in float64 with a large learning rate, weight decay and clipping that bites."""
     return RunConfig.model_validate(
         {
-            "cluster": {"devices_per_node": tensor * replicas},
-            "parallel": {"tensor": tensor, "replicas": replicas},
+            "cluster": {"devices_per_node": tensor * replicas * pipeline},
+            "parallel": {"tensor": tensor, "replicas": replicas, "pipeline": pipeline},
             "model": {
                 "num_layers": 2,
                 "hidden_size": 32,
@@ -31,6 +33,7 @@ def configuration(tensor: int, replicas: int) -> RunConfig:
                 "ffn_hidden_size": 53,
                 "vocab_size": 257,
                 "add_bias_linear": True,
+                **model,
             },
             "data": {"kind": "text", "path": __file__},
             "train": {
@@ -108,3 +111,35 @@ def test_a_reduced_replica_changes_nothing(cluster: Cluster) -> None:
 
 def test_a_dropped_replica_changes_nothing(cluster: Cluster) -> None:
     check_training(cluster, {1: (SLOT, Coordinate(1, 0, 1)), 3: (SLOT,), 4: ()})
+
+
+def moving_story(config: RunConfig, absent: Mapping[int, tuple[Coordinate, ...]]) -> list[Chapter]:
+    """A story in which a survivor takes another place."""
+    chapters = story(config, absent)
+    assert any(chapter.plan.movers for chapter in chapters), [c.plan.reason for c in chapters]
+    return chapters
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "absent"),
+    [
+        # TP3 + TP3 become TP4 + TP2.
+        (4, 1, (Coordinate(0, 0, 3), Coordinate(1, 0, 2))),
+        # A slot that lost a stage in either replica: the idle stage of one heals the other.
+        (2, 2, (Coordinate(0, 0, 1), Coordinate(1, 1, 0))),
+        (2, 2, (Coordinate(0, 0, 1), Coordinate(1, 0, 0))),
+    ],
+)
+def test_workers_that_change_their_place_change_nothing(
+    cluster: Cluster, tensor: int, pipeline: int, absent: tuple[Coordinate, ...]
+) -> None:
+    # So that two slots of four are half as fast as all, and three no faster than two.
+    heads = {"num_attention_heads": 4, "num_query_groups": 4, "kv_channels": 40}
+    whole = configuration(1, 1, **heads)
+    config = configuration(tensor, 2, pipeline, **heads)
+    wanted = run_story(cluster, whole, story(whole, {}))
+    got = run_story(cluster, config, moving_story(config, {2: absent, 4: ()}))
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.sample_digest == theirs.sample_digest
+        assert ours.loss == pytest.approx(theirs.loss, rel=TOLERANCE)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=TOLERANCE)

@@ -162,8 +162,9 @@ class Luck:
         if not agents or (len(world.agents) == 1 and rng.random() < 0.9):
             return
         agent = rng.choice(agents)
-        if at is not None and rng.random() < 0.6:
-            agent = world.agents[at.member.device.node]
+        here = world.agents[at.member.device.node] if at is not None else agent
+        if here in agents and rng.random() < 0.6:
+            agent = here
         world.disturb(seconds)
         match strike.kind:
             case Kind.AGENT_KILL:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pieces
 from clock import Clock
-from pieces import REPLICATED, Piece, Values, mix
+from pieces import REPLICATED, Piece, mix
 from sim_process import Process
 from sim_store import Told
 from sim_worker import SimWorker
 
 from elastic.effects import Finish
+from elastic.job_shape import JobShape
 from elastic.keys import leader_key
 from elastic.messages import (
     Adopt,
@@ -29,7 +30,6 @@ from elastic.messages import (
     Stop,
 )
 from elastic.plan import Plan
-from elastic.planner import JobShape
 from elastic.session import StepPoint
 from elastic.topology import Member
 from ntp.atoms import Axis
@@ -221,7 +221,7 @@ class Oracle:
             step, size = len(self._reference) - 1, self._shape.global_batch_size
             last = self._reference[-1]
             self._reference.append({p: mix(v, step, size) for p, v in last.items()})
-        expected, stage = self._reference[done], worker.place.stage
+        expected, stage = self._reference[done], worker.held_at.stage
         wrong = [p for p, value in worker.values.items() if expected[stage, p] != value]
         self._clock.check(
             not wrong,
@@ -259,12 +259,10 @@ class Oracle:
         layout = max((worker.layout_generation for worker in workers), default=0)
         held: set[tuple[int, Piece]] = set()
         for worker in workers:
-            values: Values = {}
             if layout and layout == worker.layout_generation:
-                values = worker.values
+                held |= {(worker.held_at.stage, piece) for piece in worker.values}
             elif layout and layout == worker.pending_generation:
-                values = worker.pending or {}
-            held |= {(worker.place.stage, piece) for piece in values}
+                held |= {(worker.place.stage, piece) for piece in worker.pending or ()}
         whole = held == set(self._reference[0]) and "no slot has a worker" not in finished.reason
         check(not whole, f"halted although all is held: {finished.reason}")
 

@@ -53,7 +53,9 @@ def sent(plan: Plan, stage: int, slot: SlotRef, values: Values) -> dict[tuple[Sl
 def senders(plan: Plan, stage: int, slot: SlotRef) -> set[Member]:
     """Who sends something to `slot`."""
     members = {
-        a.coordinate.slot_ref: a.member for a in plan.participants if a.coordinate.stage == stage
+        place.slot_ref: member
+        for place, member in (*plan.participants, *plan.movers)
+        if place.stage == stage
     }
     return {members[move.source] for move in plan.reshard[stage].moves if move.target == slot}
 

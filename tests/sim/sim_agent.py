@@ -56,9 +56,11 @@ class SimAgent:
         self.devices = devices
         self.life: Life | None = None
         self.process = Process(world.clock, f"agent {node}")
+        self.process.dead = True
 
     def start(self) -> None:
-        """An agent is started on the node."""
+        """An agent is started on the node, which has none."""
+        assert self.process.dead, self.process.name
         self.process = Process(self.world.clock, f"agent {self.node}")
         Task(self.process, self._run()).start()
 

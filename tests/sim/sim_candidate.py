@@ -67,10 +67,12 @@ class Candidate:
         self.name = name
         self.starts = 0
         self.process = Process(world.clock, name)
+        self.process.dead = True
         self.term: Term | None = None
 
     def start(self) -> None:
-        """A process stands by."""
+        """A process stands by, where there is none."""
+        assert self.process.dead, self.process.name
         self.starts += 1
         self.process = Process(self.world.clock, f"{self.name}.{self.starts}")
         Task(self.process, self._run()).start()

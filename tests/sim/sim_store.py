@@ -192,7 +192,6 @@ class SimStore:
         """They do again."""
         self._cut.discard(process)
         self.recover(process)
-        self._release()
 
     def falter(self, process: Process) -> None:
         """`process` renews no lease any more: it is dead, stopped or cut off."""
@@ -207,8 +206,9 @@ class SimStore:
         if process.dead or process.stopped or process in self._cut:
             return
         for lease in self._leases:
-            if lease.process is process and not lease.ended:
+            if lease.process is process:
                 lease.deadline = None
+        self._release()
 
     def leases_end(self, lease: SimLease, lost: Callable[[], None]) -> None:
         """Call `lost` once the lease's process knows that it is over."""
@@ -346,10 +346,12 @@ class SimStore:
             self._clock.after(self._clock.delay(0.7), self._hear_lost, lease)
 
     def _hear_lost(self, lease: SimLease) -> None:
-        if not self.reaches(lease.process):
-            self._held.append((lease.process, self._hear_lost, (lease,)))
+        process = lease.process
+        if process.stopped or not self.reaches(process):
+            # It hears of it some time after it asks again, and may act as before until then.
+            self._held.append((process, self._say_lost, (lease,)))
         elif lease.lost is not None:
-            lease.process.call(lease.lost)
+            process.call(lease.lost)
 
 
 def create_when_free(

@@ -70,7 +70,7 @@ class SimWorker:
         self.answered = 0
         self.pipe: deque[WorkerMessage] = deque()
         self.groups = Groups(member)
-        self.place = Coordinate(0, 0, 0)
+        self.place = self.held_at = Coordinate(0, 0, 0)
         self._step_started = (0, 0)
         self._quiesce: Quiesce | None = None
         self._inbox = Mailbox()
@@ -250,14 +250,17 @@ class SimWorker:
 
     def _reshard(self, plan: Plan) -> Thread:
         stage, slot = self.place.stage, self.slot
+        moves_away = any(member == self.member for _, member in plan.movers)
+        # A mover sends what it holds of its old place.
+        old = self.held_at if moves_away else self.place
         try:
-            letters = pieces.sent(plan, stage, slot, self.values)
+            letters = pieces.sent(plan, old.stage, old.slot_ref, self.values)
         except KeyError as piece:
             raise self.clock.violation(f"{self.member} is to send {piece}, lacks it") from piece
         sources = frozenset(pieces.senders(plan, stage, slot))
         posted = yield self.groups.meeting.exchange(self.member, letters, sources)
         if slot in plan.layout.slots():
-            after = pieces.begun(plan, stage, slot, self.values)
+            after = pieces.begun(plan, stage, slot, {} if moves_away else self.values)
             for letters in posted:
                 gained = pieces.received(letters, slot)
                 twice = sorted(map(str, gained.keys() & after.keys()))
@@ -281,7 +284,7 @@ class SimWorker:
         else:
             self.pending = None
         self.pending_generation = 0
-        if self.member not in plan.survivors:
+        if not plan.survives(self.member):
             self.session, self.layout_generation = Session(), 0
         has_state = self.layout_generation > 0
         if not has_state:
@@ -337,6 +340,7 @@ class SimWorker:
     def _promote(self) -> None:
         assert self.pending is not None
         self.values, self.pending = self.pending, None
+        self.held_at = self.place
 
     def _answer(self, quiesce: Quiesce) -> None:
         self.answered = quiesce.generation

@@ -42,6 +42,20 @@ _REST = (
 )
 
 
+_BUSY = (
+    "commands",
+    "plan",
+    "events",
+    "reports",
+    "alive",
+    "no agents",
+    Phase.REBUILDING,
+    Phase.RESHARDING,
+    Phase.RESUMING,
+    Phase.RUNNING,
+)
+
+
 @dataclass(slots=True)
 class Strike:
     """Something bad that happens once, when its trigger comes.
@@ -63,14 +77,14 @@ class Strike:
 def new_strikes(rng: Random, steps: int) -> list[Strike]:
     """Random strikes on a job of so many steps."""
     # Many stories are about workers and leaders alone: there nothing excuses a slow recovery.
-    kinds = _WORKERS + _LEADER + (_REST if rng.random() < 0.6 else ())
+    kinds = _WORKERS + _LEADER + (2 * _REST if rng.random() < 0.6 else ())
     strikes = [_new_strike(rng, steps, rng.choice(kinds)) for _ in range(rng.randint(1, 5))]
-    if rng.random() < 0.3:
-        # The leader is lost in the middle of what it does about a failure.
-        trigger = rng.choice(("commands", "plan", "events", "reports", "no agents"))
-        delay = 0.1 * rng.random()
+    if rng.random() < 0.5:
+        # The leader is lost in the middle of what it does about something.
         kind = rng.choice((Kind.LEADER_KILL, Kind.LEADER_STOP, Kind.LEADER_CUT))
-        strikes.append(Strike(trigger, rng.randint(1, 3), kind, 1, delay, 8.0 * rng.random()))
+        trigger = rng.choice(_BUSY)
+        at, delay, seconds = rng.randint(1, 3), 0.1 * rng.random(), 8.0 * rng.random()
+        strikes.append(Strike(trigger, at, kind, 1, delay, seconds))
     return strikes
 
 

@@ -24,9 +24,9 @@ from sim_store import SimStore, Told
 from sim_worker import SimWorker
 
 from elastic.effects import Finish, Note, Phase
+from elastic.job_shape import JobShape, PlacementRules
 from elastic.keys import job_prefix
 from elastic.plan import Plan
-from elastic.planner import JobShape
 from elastic.topology import DeviceId, Member
 from elastic.workload import SplitBatchBy
 from ntp.atoms import AtomCounts, AtomSizes
@@ -38,6 +38,8 @@ PATIENCE_SECONDS = 120.0
 
 GRIDS = ((2, 1, 2), (2, 1, 2), (3, 1, 2), (2, 1, 3), (4, 1, 2), (1, 1, 3), (2, 2, 2), (2, 3, 2))
 """Tensor-parallel degree, pipeline stages and replicas."""
+SPARES = (0, 0, 0, 1, 2)
+"""Devices beyond the grid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +206,11 @@ def _shape(clock: Clock) -> JobShape:
         micro_batch_size=2,
         steps=rng.randint(6, 12),
         split_batch_by=list(SplitBatchBy)[clock.seed % len(SplitBatchBy)],
+        rules=PlacementRules(tensor_across_nodes=clock.seed % 4 != 0),
     )
 
 
 def _devices(clock: Clock, shape: JobShape) -> tuple[DeviceId, ...]:
-    size = shape.tensor * shape.stages * shape.replicas
+    size = shape.workers + clock.rng.choice(SPARES)
     per_node = clock.rng.choice((1, shape.tensor, shape.tensor * shape.stages, size))
     return tuple(DeviceId(rank // per_node, rank % per_node) for rank in range(size))

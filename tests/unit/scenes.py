@@ -19,6 +19,7 @@ from elastic.effects import (
     StopRequested,
     Tick,
 )
+from elastic.job_shape import JobShape
 from elastic.keys import agent_key, key_of
 from elastic.messages import (
     Adopt,
@@ -39,7 +40,6 @@ from elastic.messages import (
     WorkerStatus,
 )
 from elastic.plan import Plan
-from elastic.planner import JobShape
 from elastic.recorded import read_messages
 from elastic.session import Session, Standing, standing
 from elastic.topology import DeviceId, Member

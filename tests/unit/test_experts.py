@@ -370,19 +370,19 @@ def test_a_loss_moves_the_lost_slots_experts_and_a_return_brings_them_back() -> 
     job: JobShape = job_shape(configured("model.num_moe_experts=10"))
     assert job.counts.axes == (Axis.KV_GROUP, Axis.VOCAB_ROW, Axis.EXPERT)
     size = job.replicas * job.stages * job.tensor
-    places = home_devices(job, [DeviceId(0, number) for number in range(size)])
-    workers = {place: Member(device, 1) for device, place in places.items()}
-    first = plan_generation(job, Situation(1, workers, {}, {}, "node0:7"))
+    homes = home_devices(job, [DeviceId(0, number) for number in range(size)])
+    workers = {device: Member(device, 1) for device in homes.values()}
+    first = plan_generation(job, Situation(1, workers, {}, {}, "node0:7", homes))
     assert isinstance(first, Plan)
     lost = SlotRef(1, 2)
-    left = {place: member for place, member in workers.items() if place.slot_ref != lost}
     session = Session(committed=3)
-
     answers = {
         member: Quiesced(2, member, standing(place.slot_ref, session, 1, 0), True, 0.0)
-        for place, member in left.items()
+        for place, member in first.placement
+        if place.slot_ref != lost
     }
-    second = plan_generation(job, Situation(2, left, answers, {1: first}, "node0:7"))
+    left = {member.device: member for member in answers}
+    second = plan_generation(job, Situation(2, left, answers, {1: first}, "node0:7", homes))
     assert isinstance(second, Plan) and second.action is Action.REDUCE_TP
     home = first.layout.replica(1).shards.axis(Axis.EXPERT).home[lost.slot]
     moved = [move for move in second.reshard[0].moves if move.axis is Axis.EXPERT]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -12,28 +11,24 @@ from hypothesis import strategies as st
 from scenes import VOTE, committed, job_shape, node_devices, prepared
 
 from elastic import planner
+from elastic.candidates import Choice
+from elastic.memory_fit import memory_fit
 from elastic.messages import Quiesced
 from elastic.pace import Pace
+from elastic.placement import Roster, seat
 from elastic.plan import Action, NoPlan, Plan, StateSource
-from elastic.planner import (
-    JobShape,
-    Situation,
-    complete_slots,
-    home_devices,
-    plan_generation,
-    split_batch,
-)
+from elastic.planner import JobShape, Situation, home_devices, plan_generation, split_batch
 from elastic.session import Session, standing
 from elastic.topology import Coordinate, DeviceId, Member
 from elastic.workload import SplitBatchBy
-from ntp.geometry import SlotRef, full_layout
+from ntp.geometry import full_layout
 
 SHAPE = job_shape()
 
 
 def workers(shape: JobShape = SHAPE) -> dict[Coordinate, Member]:
-    places = home_devices(shape, node_devices(shape))
-    return {place: Member(device, 1) for device, place in places.items()}
+    homes = home_devices(shape, node_devices(shape))
+    return {place: Member(device, 1) for place, device in homes.items()}
 
 
 def answer(
@@ -58,7 +53,9 @@ def situation(
     *history: Plan,
 ) -> Situation:
     past = {plan.generation: plan for plan in history}
-    return Situation(max(past, default=0) + 1, alive, answers, past, "node0:7")
+    ready = {member.device: member for member in alive.values()}
+    homes = home_devices(SHAPE, node_devices(SHAPE))
+    return Situation(max(past, default=0) + 1, ready, answers, past, "node0:7", homes)
 
 
 def first_plan(shape: JobShape = SHAPE) -> Plan:
@@ -80,9 +77,9 @@ def next_plan(alive: Mapping[Coordinate, Member], session: Session) -> Plan | No
 
 def test_home_devices_fill_replica_by_replica_and_spares_have_no_place() -> None:
     devices = (*node_devices(SHAPE), DeviceId(9, 0))
-    places = home_devices(SHAPE, devices)
-    assert list(places.values()) == [Coordinate(r, 0, s) for r in (0, 1) for s in (0, 1)]
-    assert DeviceId(9, 0) not in places
+    homes = home_devices(SHAPE, devices)
+    assert list(homes) == [Coordinate(r, 0, s) for r in (0, 1) for s in (0, 1)]
+    assert list(homes.values()) == list(node_devices(SHAPE))
 
 
 def test_the_first_plan_initialises_everybody() -> None:
@@ -154,14 +151,18 @@ def test_a_replica_without_devices_is_dropped_and_its_batch_goes_to_the_others()
     plan = next_plan(without((1, 0), (1, 1)), committed(3))
     assert isinstance(plan, Plan)
     assert plan.action is Action.DROP_REPLICA and plan.batch_split == (8,)
-    assert plan.reshard[0].moves == () and "replica 1 has no slot left" in plan.reason
+    assert plan.reshard[0].moves == () and "replica 1 is dropped" in plan.reason
 
 
 @pytest.mark.parametrize(
     ("alive", "reason"),
     [
         ({}, "no worker is left"),
-        (without((0, 0), (1, 0)), "nobody alive holds KV groups 0-1"),
+        (
+            without((0, 0), (1, 0)),
+            "nobody alive holds KV groups 0-1, MLP columns 0-2 and vocabulary rows 0-2, and there "
+            "are no checkpoints",
+        ),
     ],
 )
 def test_nothing_to_be_done_is_said_with_a_reason(
@@ -277,14 +278,15 @@ def test_parity_padding_is_caught(
         assert isinstance(plan, Plan)
         return set(alive.values()) - {assignment.member for assignment in plan.placement}
 
-    def padded(shape: JobShape, workers: Mapping[Coordinate, Member]) -> tuple[SlotRef, ...]:
-        whole = complete_slots(shape, workers)
-        degree = min(Counter(ref.replica for ref in whole).values())
-        return tuple(ref for ref in whole if ref.slot < degree)
+    def padded(shape: JobShape, roster: Roster, *_: object) -> Choice:
+        degree = min(map(len, roster.rows.values()))
+        seating = seat(shape, memory_fit(shape), roster, dict.fromkeys(roster.rows, degree))
+        assert seating is not None
+        return Choice(seating, ())
 
     alive = without((0, 1))
     assert not idle(plan_generation(SHAPE, situation(alive, {})))
-    monkeypatch.setattr(planner, "complete_slots", padded)
+    monkeypatch.setattr(planner, "choose", padded)
     wasted = idle(plan_generation(SHAPE, situation(alive, {})))
     assert len(wasted) == 1
     record_property("planted bug", f"parity_padding, by test_planner: {len(wasted)} worker idles")
