@@ -54,8 +54,8 @@ class Luck:
 
     def _strike(self, strike: Strike, at: SimWorker | None) -> None:
         strike.done = True
-        self.struck_at = self._clock.now
         world, seconds = self._world, strike.seconds
+        self.struck_at = self._clock.now + seconds
         match strike.kind:
             case Kind.KILL | Kind.HANG | Kind.FALSE_ALARM | Kind.FLAP | Kind.CUT:
                 self._strike_workers(strike, at)
@@ -69,7 +69,6 @@ class Luck:
                     self._strike_leader(strike.kind, leader, seconds)
             case Kind.OUTAGE:
                 self._clock.tell("the store falls silent for %.1f s", seconds)
-                world.disturb(seconds)
                 world.store.fall_silent()
                 self._clock.after(seconds, self._store_answers)
 

@@ -17,7 +17,7 @@ from sim_process import Process
 from sim_store import Told
 from sim_worker import SimWorker
 
-from elastic.effects import Finish
+from elastic.effects import Finish, Note
 from elastic.job_shape import JobShape
 from elastic.keys import leader_key
 from elastic.messages import (
@@ -40,11 +40,16 @@ EXCUSE_SECONDS = 12.0
 
 
 class Oracle:
-    """Knows all. `calm_at` is when the last disturbance of store, network or agents ends."""
+    """Knows all.
+
+    `calm_at` is when the last disturbance of store, network or agents ends; `journaled` are the ids
+    of the failures that leaders noted.
+    """
 
     def __init__(self, clock: Clock, shape: JobShape) -> None:
         self.calm_at = 0.0
         self.plans: dict[int, Plan] = {}
+        self.journaled: set[str] = set()
         self._clock = clock
         self._shape = shape
         self._pieces: list[Piece] = [REPLICATED]
@@ -97,6 +102,8 @@ class Oracle:
                     plan.generation == self._announced,
                     f"plan {plan.generation} answers announcement {self._announced}",
                 )
+                placed = {str(assignment.member) for assignment in plan.participants}
+                check(not placed & self.journaled, f"failed {placed & self.journaled} are placed")
                 self._check_plan(plan)
                 self.plans[plan.generation] = plan
             case Failed():
@@ -126,6 +133,11 @@ class Oracle:
                 answered is None or answered > seen,
                 f"{message.member} is fenced, but answered {self._announced}",
             )
+
+    def noted(self, process: Process, note: Note) -> None:
+        """A process writes to the journal. Who leads no more may not know it yet."""
+        if note.event == "failure" and process.name == self._leader:
+            self.journaled.add(note.fields["id"])
 
     def fenced(self, worker: SimWorker) -> None:
         """An agent obeys the order to kill a worker."""
@@ -233,14 +245,14 @@ class Oracle:
 
     # The end.
 
-    def ended(self, finished: Finish, seen: int, journaled: set[str]) -> None:
+    def ended(self, finished: Finish, seen: int) -> None:
         """The job is over: everything is done, or there is a true reason why it cannot be.
 
-        Who ended it knew the store up to revision `seen`, and `journaled` are the failures' ids.
+        Who ended it knew the store up to revision `seen`.
         """
         check = self._clock.check
         reported = {str(member) for member, at in self._failed.items() if at <= seen}
-        missing = sorted(reported - journaled)
+        missing = sorted(reported - self.journaled)
         check(not missing, f"the journal lacks the failures of {missing}")
         gone = self._failed.keys() | self._lost.keys()
         workers = [w for m, w in self._processes.items() if m not in gone and not w.dead]

@@ -158,7 +158,7 @@ class Term:
     def _work(self) -> Generator[Wait, Any, Finish]:
         clock = self._world.clock
         finish = yield from self._perform(
-            self.controller.begin(self._world.journal.failures, clock.now)
+            self.controller.begin(self._world.oracle.journaled, clock.now)
         )
         self._world.entered(self.controller.phase)
         while finish is None:
@@ -192,7 +192,7 @@ class Term:
                     yield store.delete(process, agent_key(JOB, node), guard=guard)
                 case Note(name, fields):
                     world.clock.tell("%s: %s %s", process.name, name, fields)
-                    world.journal.note(effect)
+                    world.oracle.noted(process, effect)
                 case Finish():
                     return effect
         return None

@@ -8,7 +8,7 @@ wrong is `luck`'s; what must hold is the `oracle`'s, whose first complaint ends 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from clock import Clock
@@ -23,7 +23,7 @@ from sim_process import Process
 from sim_store import SimStore, Told
 from sim_worker import SimWorker
 
-from elastic.effects import Finish, Note, Phase
+from elastic.effects import Finish, Phase
 from elastic.job_shape import JobShape, PlacementRules
 from elastic.keys import job_prefix
 from elastic.plan import Plan
@@ -53,18 +53,6 @@ class Ended:
     at: float
 
 
-@dataclass(slots=True)
-class SimJournal:
-    """The run's files, which all leaders share: ids of the failures in them."""
-
-    failures: set[str] = field(default_factory=set)
-
-    def note(self, note: Note) -> None:
-        """A leader writes an entry."""
-        if note.event == "failure":
-            self.failures.add(note.fields["id"])
-
-
 class World:
     """One run."""
 
@@ -75,7 +63,6 @@ class World:
         self.oracle = Oracle(clock, self.shape)
         self.store = SimStore(clock, self._observe)
         self.network = Network(clock, self._serves)
-        self.journal = SimJournal()
         self.finished: Finish | None = None
         nodes = sorted({device.node for device in self.devices})
         self.agents = {
@@ -113,7 +100,7 @@ class World:
     def finish(self, finish: Finish, seen: int) -> None:
         """A leader ended the job, knowing the store up to revision `seen`."""
         self.finished = finish
-        self.oracle.ended(finish, seen, self.journal.failures)
+        self.oracle.ended(finish, seen)
 
     def disturb(self, seconds: float) -> None:
         """Something that slows everything down begins, and lasts so long."""
