@@ -29,10 +29,14 @@ class WeightsDigest:
 
     def __init__(self, state: ShardState, shape: ModelShape) -> None:
         self._state = state
-        self._keys = _keys(state, shape)
+        self._shape = shape
+        # Made when first needed: nobody should wait for them while a recovery is under way.
+        self._keys: torch.Tensor | None = None
 
     def parts(self) -> tuple[int, int]:
         """This slot's part (its own atoms), and the digest of the replicated tensors; unsigned."""
+        if self._keys is None:
+            self._keys = _keys(self._state, self._shape)
         master = self._state.master
         bits = master.view(torch.int64 if master.dtype is torch.float64 else torch.int32)
         hashes = _mix(bits.to(torch.int64) ^ self._keys)
@@ -51,18 +55,20 @@ def _keys(state: ShardState, shape: ModelShape) -> torch.Tensor:
     keys = torch.empty(state.shards.total, dtype=torch.int64, device=state.master.device)
     for placement in state.shards.placements:
         spec = placement.spec
-        size = prod(spec.shape)
-        places = torch.arange(size, dtype=torch.int64, device=keys.device) + first[spec.name]
-        local = state.local_part(spec, places.view(spec.shape))
-        state.shards.tensor(keys, placement).copy_(local)
-    return _mix(keys * _GOLDEN)
+        places = state.shards.tensor(keys, placement).fill_(first[spec.name])
+        for dim, size in enumerate(spec.shape):
+            step = prod(spec.shape[dim + 1 :])
+            along = torch.arange(0, size * step, step, device=keys.device)
+            along = along.view([-1 if each == dim else 1 for each in range(len(spec.shape))])
+            places += state.local_part(spec, along) if dim == spec.atom_dim else along
+    return _mix(keys.mul_(_GOLDEN))
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser; int64 arithmetic wraps, and shifts are made logical by masks."""
-    values = (values ^ (values >> 30 & (1 << 34) - 1)) * _FIRST
-    values = (values ^ (values >> 27 & (1 << 37) - 1)) * _SECOND
-    return values ^ (values >> 31 & (1 << 33) - 1)
+    """splitmix64's finaliser, in place; int64 arithmetic wraps, and shifts are made logical by masks."""
+    values.bitwise_xor_((values >> 30).bitwise_and_((1 << 34) - 1)).mul_(_FIRST)
+    values.bitwise_xor_((values >> 27).bitwise_and_((1 << 37) - 1)).mul_(_SECOND)
+    return values.bitwise_xor_((values >> 31).bitwise_and_((1 << 33) - 1))
 
 
 def _unsigned(hashes: torch.Tensor) -> int:
