@@ -65,7 +65,7 @@ def _keys(state: ShardState, shape: ModelShape) -> torch.Tensor:
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser, in place; int64 arithmetic wraps, and shifts are made logical by masks."""
+    """splitmix64's finaliser, in place; int64 arithmetic wraps, masks make shifts logical."""
     values.bitwise_xor_((values >> 30).bitwise_and_((1 << 34) - 1)).mul_(_FIRST)
     values.bitwise_xor_((values >> 27).bitwise_and_((1 << 37) - 1)).mul_(_SECOND)
     return values.bitwise_xor_((values >> 31).bitwise_and_((1 << 33) - 1))
