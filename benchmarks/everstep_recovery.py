@@ -19,8 +19,17 @@ from benchmarks.strikes import Recovery, Strike
 
 REPLICAS = 2
 FIRST_STEP = 10
-SPACING = 20
-"""Steps between two strikes; the device returns after a quarter of them."""
+SPACING = {
+    Strike.SIGKILL: 20,
+    Strike.SIGSTOP: 20,
+    Strike.RAISE: 20,
+    Strike.AGENT_KILL: 120,
+    Strike.NODE_LOSS: 120,
+}
+"""Steps between two strikes. What was struck is allowed back five steps later, and must be back
+before the next one; an agent needs seconds for that, as it imports torch anew."""
+
+HEAL_STEPS = 5
 
 START_SECONDS = 120.0
 PHASES = ("forward", "backward", "grad_sync", "vote", "optimizer")
@@ -58,17 +67,22 @@ def measure(
         RefusedError: this version cannot be struck that way.
         BenchmarkError: the job did not live through all strikes.
     """
-    steps = FIRST_STEP + runs * SPACING
+    steps = FIRST_STEP + runs * SPACING[strike]
     faults = [_fault(strike, number, workers // REPLICAS) for number in range(runs)]
     progress(f"everstep: {steps} steps with {runs} x {strike}")
-    overrides = (*shape(workers), f"train.steps={steps}")
+    overrides = (*shape(workers), f"train.steps={steps}", *_store(strike))
     limit = START_SECONDS + steps + runs * limit_seconds
     return _recoveries(run_everstep(DEMO_CONFIG, overrides, faults, run_dir, limit))
 
 
+def _store(strike: Strike) -> tuple[str, ...]:
+    """Agents are processes of their own, which can be killed, in a run with etcd."""
+    return ("store.kind=etcd",) if strike in (Strike.AGENT_KILL, Strike.NODE_LOSS) else ()
+
+
 def _fault(strike: Strike, number: int, slots: int) -> dict[str, Any]:
-    step = FIRST_STEP + number * SPACING
-    fault: dict[str, Any] = {"at_step": step, "heal_at_step": step + SPACING // 4}
+    step = FIRST_STEP + number * SPACING[strike]
+    fault: dict[str, Any] = {"at_step": step, "heal_at_step": step + HEAL_STEPS}
     phase = PHASES[number % len(PHASES)]
     slot = {
         # Both replicas and all slots in turn, the first rank of the world among them.

@@ -26,6 +26,7 @@ from typing import Any, get_args
 
 from elastic.adoption import Adoption
 from elastic.effects import (
+    AgentGone,
     Effect,
     Event,
     ForgetNode,
@@ -214,6 +215,12 @@ class Controller:
             effects += self._job.announce(f"node{event.node} is lost", True, now)
         return effects
 
+    def _agent_gone(self, event: AgentGone, now: float) -> list[Effect]:
+        if self._job.members.life(event.node) != event.life:
+            return []
+        lost = NodeLost(event.node, "its agent's connections closed, and nobody listens there")
+        return [ForgetNode(event.node), *self._node_lost(lost, now)]
+
     def _component_fault(self, event: ComponentFault, now: float) -> list[Effect]:
         if event.node is not None:
             self._agent_faults[event.node] = event
@@ -311,6 +318,7 @@ _TABLE: Mapping[tuple[Phase, type[Any]], _Handler] = {
     **{(phase, NodeProgress): Controller._node_progress for phase in _LIVE},
     **{(phase, StopRequested): Controller._stop_requested for phase in _LIVE},
     **{(phase, NodeLost): Controller._node_lost for phase in _LIVE},
+    **{(phase, AgentGone): Controller._agent_gone for phase in _LIVE},
     **{(phase, ComponentFault): Controller._component_fault for phase in _LIVE},
     **{(phase, Outage): Controller._outage for phase in _LIVE},
     (Phase.QUIESCING, NodeReport): Controller._node_report,

@@ -83,6 +83,7 @@ class Driver:
                 leadership,
                 controller,
                 recorder,
+                agents=recorded.nodes,
                 begins_at=snapshot.revision,
                 written_to=int(written) if written is not None else snapshot.revision,
             )

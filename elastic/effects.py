@@ -59,6 +59,14 @@ class NodeLost:
 
 
 @dataclass(frozen=True, slots=True)
+class AgentGone:
+    """Nobody listens any more where the agent of `node` did in its life number `life`."""
+
+    node: int
+    life: int
+
+
+@dataclass(frozen=True, slots=True)
 class Outage:
     """The store did not answer for so many seconds, and now does."""
 
@@ -73,6 +81,7 @@ Event = (
     | NodeReport
     | NodeProgress
     | NodeLost
+    | AgentGone
     | Outage
     | Tick
     | StopRequested

@@ -55,6 +55,11 @@ class Membership:
             self.remove(member)
         return lost
 
+    def life(self, node: int) -> int | None:
+        """The number of the node's present agent; None if it has none."""
+        record = self._agents.get(node)
+        return record.life if record is not None else None
+
     def workers(self) -> dict[DeviceId, Member]:
         """The ready worker of each device that has one."""
         return dict(self._ready)

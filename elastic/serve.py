@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import Coroutine
@@ -30,6 +31,8 @@ from elastic.spawn import Spawner
 from elastic.store import AlreadyExists, Store
 
 Result = TypeVar("Result")
+
+_CONNECTIONS = 1 << 17
 
 
 class OtherJob(ValueError):
@@ -51,6 +54,7 @@ async def serve_controller(
     Raises OtherJob, StoreUnavailable or StoreRefused if it cannot take part.
     """
     run.logs.mkdir(parents=True, exist_ok=True)
+    _allow_many_connections()
     async with open_store(config, run.logs / "etcd.log") as store:
         await _agree(store, run)
         return await _until_asked(candidate(run, store, name, listener).run())
@@ -67,6 +71,12 @@ async def serve_agent(run: RunSpec, config: StoreConfig, node: int, host: str) -
             return await _until_asked(Agent(node_spec(run, node, host), store, spawner).run())
     finally:
         await asyncio.get_running_loop().run_in_executor(None, spawner.close)
+
+
+def _allow_many_connections() -> None:
+    """A leader holds a connection to every agent (`elastic.lifeline`); 1024 is a common limit."""
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(usual, min(most, _CONNECTIONS)), most))
 
 
 async def wish_to_stop(store: Store, job: str, reason: str, outcome: str = "interrupted") -> None:

@@ -18,11 +18,12 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from elastic.controller import Controller
 from elastic.effects import (
+    AgentGone,
     Effect,
     Event,
     Finish,
@@ -46,6 +47,7 @@ from elastic.keys import (
     position_key,
 )
 from elastic.leadership import Leadership
+from elastic.lifeline import until_nobody_listens
 from elastic.messages import (
     Adopt,
     AgentRecord,
@@ -70,7 +72,8 @@ Reported = AgentRecord | Failed | ComponentFault | NodeAlive | NodeReport | Node
 
 
 class Term:
-    """One term. `begins_at` is the revision of the keys that `controller` was built on."""
+    """One term. `controller` was built on the keys as they were at the revision `begins_at`, when
+    the `agents` lived."""
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class Term:
         controller: Controller,
         recorder: Recorder,
         *,
+        agents: Iterable[AgentRecord],
         begins_at: int,
         written_to: int,
     ) -> None:
@@ -92,6 +96,9 @@ class Term:
         self._seen = self._noted = written_to
         # With the revision of the change that tells of it; 0 for what happens outside the store.
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._agents = tuple(agents)
+        # By node, with the life of its agent.
+        self._lifelines: dict[int, tuple[int, asyncio.Task[None]]] = {}
         # From here on no change is missed, however long the first effects take.
         self._changes = store.watch(job_prefix(job), after=written_to)
 
@@ -101,6 +108,8 @@ class Term:
 
     async def run(self) -> Finish:
         """Lead until the job is over. Raises GuardFailed or LeaseLost when the lead is lost."""
+        for record in self._agents:
+            self._hold_lifeline(record)
         working = asyncio.create_task(self._work())
         beside = [
             asyncio.create_task(self._feed(self._changes)),
@@ -123,6 +132,7 @@ class Term:
             return finish
         finally:
             everything: list[asyncio.Task[Any]] = [working, *beside]
+            everything += [lifeline for _, lifeline in self._lifelines.values()]
             for each in everything:
                 each.cancel()
             await asyncio.gather(*everything, return_exceptions=True)
@@ -172,10 +182,26 @@ class Term:
                 event = decode(self._job, change.key, change.value)
             elif (node := node_of_agent(self._job, change.key)) is not None:
                 event = NodeLost(node, "its agent's lease ended")
+            if isinstance(event, AgentRecord):
+                self._hold_lifeline(event)
             if isinstance(event, StopWish):
                 event = StopRequested(event.reason, event.outcome)
             if isinstance(event, Reported | NodeLost | StopRequested):
                 self._events.put_nowait((change.revision, event))
+
+    def _hold_lifeline(self, record: AgentRecord) -> None:
+        """Learn it at once when this life of an agent ends."""
+        life, lifeline = self._lifelines.get(record.node, (0, None))
+        if record.life <= life:
+            return
+        if lifeline is not None:
+            lifeline.cancel()
+        held = asyncio.create_task(self._until_gone(record))
+        self._lifelines[record.node] = (record.life, held)
+
+    async def _until_gone(self, record: AgentRecord) -> None:
+        await until_nobody_listens(record.rendezvous)
+        self.take(AgentGone(record.node, record.life))
 
     async def _tick(self) -> None:
         noted_at = time.time()

@@ -36,6 +36,10 @@ class Network:
         self._cuts.append(pairs)
         self._clock.after(seconds, self._heal, pairs)
 
+    def is_isolated(self, node: int) -> bool:
+        """Whether some of what the node sends does not arrive."""
+        return any(source == node for pairs in self._cuts for source, _ in pairs)
+
     def reaches(self, sources: Iterable[Member], target: Member) -> bool:
         """Whether words of all `sources` arrive at `target`."""
         if not self._cuts:

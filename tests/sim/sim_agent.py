@@ -57,6 +57,7 @@ class SimAgent:
         self.life: Life | None = None
         self.process = Process(world.clock, f"agent {node}")
         self.process.dead = True
+        self._mourners: list[Callable[[], None]] = []
 
     def start(self) -> None:
         """An agent is started on the node, which has none."""
@@ -70,7 +71,20 @@ class SimAgent:
         self.world.store.falter(self.process)
         for worker in self.workers():
             self.world.end_process(worker)
+        self._end_life()
+
+    def when_gone(self, life: int, mourn: Callable[[], None]) -> None:
+        """Call `mourn` when nobody listens any more where that life does."""
+        if self.life is not None and self.life.number == life:
+            self._mourners.append(mourn)
+        else:
+            mourn()
+
+    def _end_life(self) -> None:
         self.life = None
+        mourners, self._mourners = self._mourners, []
+        for mourn in mourners:
+            mourn()
 
     def workers(self) -> list[SimWorker]:
         """The node's worker processes."""
@@ -86,7 +100,7 @@ class SimAgent:
             self.life = Life(self.world, self)
             over = yield from self.life.run()
             self.world.clock.tell("agent %d ends its life %d", self.node, self.life.number)
-            self.life = None
+            self._end_life()
 
 
 class Life:

@@ -15,6 +15,7 @@ from sim_store import SimLease, Told, create_when_free
 
 from elastic.controller import Controller
 from elastic.effects import (
+    AgentGone,
     Effect,
     Event,
     Finish,
@@ -109,6 +110,8 @@ class Candidate:
         now = world.clock.now
         controller = Controller(world.shape, world.devices, LIMITS, now, recorded)
         self.term = Term(world, process, controller, guard, lease, revision)
+        for record in recorded.nodes:
+            self.term.hold_lifeline(record)
         finish: Finish = yield self.term.run
         world.finish(finish, self.term.seen)
         return True
@@ -134,6 +137,7 @@ class Term:
         self._events = Mailbox()
         self._outcome = Outcome()
         self._tasks: list[Task] = []
+        self._lifelines: dict[int, int] = {}
         self._end_watch = self._watch(begins_at)
         world.store.leases_end(lease, self._lease_ended)
 
@@ -170,7 +174,7 @@ class Term:
     def _handle(self, event: Event) -> list[Effect]:
         controller, world = self.controller, self._world
         generation, phase = controller.generation, controller.phase
-        if isinstance(event, Failed | NodeLost):
+        if isinstance(event, Failed | NodeLost | AgentGone):
             world.clock.tell("%s learns of %s", self._process.name, event)
         effects = controller.handle(event, world.clock.now)
         world.clock.check(controller.generation >= generation, "the generation went back")
@@ -206,8 +210,22 @@ class Term:
             event = told.value
         elif told.value is None and (node := node_of_agent(JOB, told.key)) is not None:
             event = NodeLost(node, "its agent's lease ended")
+        if isinstance(event, AgentRecord):
+            self.hold_lifeline(event)
         if event is not None:
             self._events.put((told.revision, event))
+
+    def hold_lifeline(self, record: AgentRecord) -> None:
+        """Learn of the end of this life, some time after it, unless a cut is between."""
+        node, life = record.node, record.life
+        if self._lifelines.get(node, 0) < life:
+            self._lifelines[node] = life
+            self._world.agents[node].when_gone(life, lambda: self._mourn(AgentGone(node, life)))
+
+    def _mourn(self, gone: AgentGone) -> None:
+        clock = self._world.clock
+        if not self._world.network.is_isolated(gone.node):
+            clock.after(clock.delay(), self._events.put, (0, gone))
 
     def _tick(self) -> Generator[Wait, Any, None]:
         clock, process = self._world.clock, self._process

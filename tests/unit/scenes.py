@@ -7,6 +7,7 @@ from typing import Any
 
 from elastic.controller import Controller
 from elastic.effects import (
+    AgentGone,
     Effect,
     Event,
     Finish,
@@ -265,6 +266,13 @@ class Stage:
     def node_lost(self, node: int) -> list[Effect]:
         self._ready = {d: m for d, m in self._ready.items() if d.node != node}
         return self.handle(f"node{node} is gone", NodeLost(node, "its agent's lease ended"))
+
+    def agent_gone(self, node: int, life: int | None = None) -> list[Effect]:
+        """By default the present one, whose workers end with it."""
+        if life is None:
+            life = self._lives[node]
+            self._ready = {d: m for d, m in self._ready.items() if d.node != node}
+        return self.handle(f"nobody listens for life {life} of node{node}", AgentGone(node, life))
 
     def node_alive(self, node: int) -> list[Effect]:
         return self.handle(

@@ -15,6 +15,7 @@ from scenes import LIMITS, Stage, committed, failure_of, job_shape, prepared
 
 from elastic.controller import _TABLE, ProtocolError
 from elastic.effects import (
+    AgentGone,
     Event,
     Finish,
     ForgetNode,
@@ -51,6 +52,7 @@ EVENTS: dict[type[Event], Callable[[Stage], Event]] = {
     Failed: lambda stage: Failed(failure_of(stage.member(7, 7), at=stage.now), None, None, None),
     ComponentFault: lambda stage: ComponentFault(1, "agent", 7, 3, stage.now),
     NodeAlive: lambda stage: NodeAlive(stage.controller.generation, 0),
+    AgentGone: lambda stage: AgentGone(7, 1),
     NodeLost: lambda stage: NodeLost(7, "its agent's lease ended"),
     Outage: lambda stage: Outage(3.0),
     NodeReport: lambda stage: NodeReport(stage.controller.generation, 0, ()),
@@ -326,6 +328,21 @@ def silent_agent() -> Stage:
     return stage
 
 
+def agent_gone_and_back() -> Stage:
+    stage = running()
+    stage.agent_gone(1)
+    assert ForgetNode(1) in stage.effects
+    stage.answers({m: prepared(0) for m in stage.placed if m.device.node == 0})
+    assert stage.plan.action is Action.DROP_REPLICA
+    stage.phases()
+    stage.node_returns(1, 11)
+    assert stage.agent_gone(1, life=1) == [], "an earlier life's end says nothing of this one"
+    newcomers: dict[Member, Session | None] = {stage.member(1, index, 11): None for index in (0, 1)}
+    stage.answers({m: committed(0) for m in stage.placed} | newcomers)
+    assert stage.plan.degrees() == ((2,), (2,))
+    return stage
+
+
 def store_outage_while_quiescing() -> Stage:
     stage = running()
     lost = stage.member(0, 0)
@@ -357,6 +374,7 @@ SCENARIOS = (
     node_lost_and_back,
     agent_that_began_anew_unseen,
     silent_agent,
+    agent_gone_and_back,
     store_outage_while_quiescing,
 )
 
