@@ -83,16 +83,25 @@ class ProcessGroups:
         """Serve `specs` from now on; communicators in `kept` go on, all others are made anew.
 
         `members` names the worker behind each rank; `specs` is the same sequence on all ranks, and
-        ranks build their groups in its order. Raises RuntimeError when a peer does not appear
+        ranks build their groups in its order. Where only members left, and the backend can, a group
+        is shrunk. Raises RuntimeError when a peer does not appear
         within the build timeout, and GroupSevered when a kept communicator broke meanwhile.
         """
         mine = [spec for spec in specs if rank in spec.ranks]
-        for key in [key for key in self._live if key not in kept]:
+        wanted = {
+            (spec.axis, spec.index): tuple(members[rank] for rank in spec.ranks) for spec in mine
+        }
+        shrinks = {
+            key
+            for key, live in self._live.items()
+            if key not in kept and live.can_shrink_to(wanted.get(key, ()))
+        }
+        for key in self._live.keys() - kept - shrinks:
             self._live.pop(key).close()
         self.meeting, self.home = self.world, None
         for spec in mine:
             key = (spec.axis, spec.index)
-            names = tuple(members[r] for r in spec.ranks)
+            names = wanted[key]
             if key in kept:
                 if not self.intact(key, names):
                     raise GroupSevered(f"the plan keeps the {key[0]} group, which broke meanwhile")
@@ -101,7 +110,11 @@ class ProcessGroups:
                 prefix = dist.PrefixStore(f"{generation}/{spec.axis}/{place}", store)
                 self._waits.wait()
                 try:
-                    self._live[key] = _connect(self._link, prefix, spec.ranks.index(rank), names)
+                    if key in shrinks:
+                        self._live[key] = self._live[key].shrunk_to(names)
+                    else:
+                        position = spec.ranks.index(rank)
+                        self._live[key] = _connect(self._link, prefix, position, names)
                 finally:
                     self._waits.resume()
             self._bind(spec.axis, self._live[key])

@@ -9,7 +9,7 @@ How a blocked collective is ended depends on the backend. Gloo's own ``abort`` d
 operations, but shutting its connections down does, within milliseconds and on both ends; so a
 communicator holds duplicates of the descriptors of its sockets, and ``sever`` shuts those down.
 Duplicates, so that a descriptor number which gloo closed and the kernel reused is never hit. NCCL
-communicators are aborted.
+communicators are aborted; one that nobody had to abort may be shrunk to some of its members.
 
 Small all-reduces over gloo do not use gloo's ring, whose 2(n-1) dependent rounds cost milliseconds
 each on a busy host: the first rank adds what the others send it, in rank order, and returns the
@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from ntp.groups import GroupAxis
 
@@ -69,6 +70,21 @@ class Communicator:
             except OSError:
                 # The peer closed first: there is nothing left to wake.
                 continue
+
+    def can_shrink_to(self, members: tuple[str, ...]) -> bool:
+        """Whether the backend can make a communicator of `members` out of this one."""
+        stay = tuple(member for member in self.members if member in members)
+        fewer = 0 < len(members) < len(self.members) and stay == members
+        return fewer and not self.severed and getattr(self.group, "supports_shrinking", False)
+
+    def shrunk_to(self, members: tuple[str, ...]) -> Communicator:
+        """The communicator of `members`, all of whom call this; this one is closed."""
+        leave = [rank for rank, member in enumerate(self.members) if member not in members]
+        try:
+            smaller = self.group.shrink(leave, distributed_c10d.SHRINK_DEFAULT, None)
+        finally:
+            self.close()
+        return Communicator(smaller, (), members, self.timeout)
 
     def close(self) -> None:
         """Sever, and let go of the group and its descriptors."""

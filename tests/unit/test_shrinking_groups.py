@@ -1,0 +1,108 @@
+"""Groups that shrink where the backend can (NCCL's interface, played by a fake)."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from ntp import process_groups
+from ntp.groups import GroupAxis, GroupSpec
+from ntp.process_groups import Link, ProcessGroups
+from ntp.stable_group import Communicator
+
+LINK = Link("nccl", "127.0.0.1", 1.0, 1.0)
+
+
+class FakeNccl:
+    """What of torch's ProcessGroupNCCL is used."""
+
+    def __init__(self, size: int, supports_shrinking: bool = True, breaks: bool = False) -> None:
+        self.size = size
+        self.supports_shrinking = supports_shrinking
+        self.breaks = breaks
+        self.excluded: list[int] = []
+        self.aborted = False
+
+    def shrink(self, ranks_to_exclude: list[int], flags: int, options: object) -> FakeNccl:
+        assert not self.aborted and flags == 0 and options is None
+        if self.breaks:
+            raise RuntimeError("a peer is gone")
+        self.excluded = ranks_to_exclude
+        return FakeNccl(self.size - len(ranks_to_exclude))
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Built:
+    """Plays the connecting of groups, and lists what was connected."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **settings: bool) -> None:
+        self.connected: list[tuple[str, ...]] = []
+        self.groups = ProcessGroups(LINK)
+        self._settings = settings
+        monkeypatch.setattr(process_groups, "_connect", self._connect)
+
+    def _connect(
+        self, link: Link, store: dist.Store, rank: int, members: tuple[str, ...]
+    ) -> Communicator:
+        self.connected.append(members)
+        backend = FakeNccl(len(members), **self._settings)
+        return Communicator(backend, (), members, timedelta(seconds=1))
+
+    def adopt(self, generation: int, *members: str) -> FakeNccl:
+        """A world of `members`, seen from the last of them."""
+        spec = GroupSpec(GroupAxis.WORLD, (), tuple(range(len(members))))
+        store = dist.HashStore()
+        self.groups.adopt([spec], members, len(members) - 1, generation, store, frozenset())
+        backend = self.groups.world.inner
+        assert isinstance(backend, FakeNccl) and backend.size == len(members)
+        return backend
+
+
+def test_a_group_that_only_lost_members_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Built(monkeypatch)
+    first = built.adopt(1, "a", "b", "c", "d")
+    built.adopt(2, "a", "d")
+    assert first.excluded == [1, 2] and first.aborted
+    assert built.connected == [("a", "b", "c", "d")]
+    built.adopt(3, "d")
+    assert built.connected == [("a", "b", "c", "d")]
+
+
+@pytest.mark.parametrize("members", [("a", "b", "new"), ("b", "a"), ("a", "b", "c"), ("x", "y")])
+def test_other_members_or_another_order_need_a_new_group(
+    monkeypatch: pytest.MonkeyPatch, members: tuple[str, ...]
+) -> None:
+    built = Built(monkeypatch)
+    first = built.adopt(1, "a", "b", "c")
+    built.adopt(2, *members)
+    assert first.aborted and not first.excluded
+    assert built.connected == [("a", "b", "c"), members]
+
+
+def test_a_group_that_was_aborted_is_built_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Built(monkeypatch)
+    built.adopt(1, "a", "b", "c")
+    built.groups.sever()
+    built.adopt(2, "a", "c")
+    assert built.connected == [("a", "b", "c"), ("a", "c")]
+
+
+def test_a_backend_that_cannot_shrink_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Built(monkeypatch, supports_shrinking=False)
+    built.adopt(1, "a", "b", "c")
+    built.adopt(2, "a", "c")
+    assert built.connected == [("a", "b", "c"), ("a", "c")]
+
+
+def test_a_shrink_that_fails_leaves_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Built(monkeypatch, breaks=True)
+    first = built.adopt(1, "a", "b", "c")
+    with pytest.raises(RuntimeError, match="a peer is gone"):
+        built.adopt(2, "a", "c")
+    assert first.aborted
+    built.adopt(3, "a", "c")
+    assert built.connected == [("a", "b", "c"), ("a", "c")]
