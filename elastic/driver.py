@@ -84,6 +84,7 @@ class Driver:
                 controller,
                 recorder,
                 agents=recorded.nodes,
+                lease_seconds=self._lease_seconds,
                 begins_at=snapshot.revision,
                 written_to=int(written) if written is not None else snapshot.revision,
             )

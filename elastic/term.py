@@ -4,7 +4,8 @@ The term begins with the job's keys as they were at one revision, on which the c
 and goes on with every change after it. Effects are performed in the order in which the machine gave
 them, and what goes to the store is written before the next event is taken: whoever takes over finds
 all that was decided. Every write carries the guard of the lead, so a leader that was paused for too
-long, and believes that it still leads, changes nothing.
+long, and believes that it still leads, changes nothing. Files have no guard; so a leader that wrote
+nothing to the store for as long as its lease lasts does that first.
 
 Deadlines hold only while everybody can report. Before time is passed on, the store must answer; how
 long it kept silent is passed on first, so that nobody is called late for it.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any
 
 from elastic.controller import Controller
@@ -84,6 +85,7 @@ class Term:
         recorder: Recorder,
         *,
         agents: Iterable[AgentRecord],
+        lease_seconds: float,
         begins_at: int,
         written_to: int,
     ) -> None:
@@ -97,6 +99,8 @@ class Term:
         # With the revision of the change that tells of it; 0 for what happens outside the store.
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._agents = tuple(agents)
+        self._lease_seconds = lease_seconds
+        self._led_at = time.monotonic()
         # By node, with the life of its agent.
         self._lifelines: dict[int, tuple[int, asyncio.Task[None]]] = {}
         # From here on no change is missed, however long the first effects take.
@@ -142,6 +146,8 @@ class Term:
         finish = await self._perform(begun)
         while finish is None:
             revision, event = await self._events.get()
+            if time.monotonic() - self._led_at >= self._lease_seconds:
+                await self._note_position()
             now = time.time()
             if isinstance(event, Reported):
                 self._recorder.observe(now, event)
@@ -159,21 +165,38 @@ class Term:
                 self._recorder.observe(now, note)
 
     async def _perform(self, effects: list[Effect]) -> Finish | None:
-        guard = self._leadership.guard
+        store, guard = self._store, self._leadership.guard
         for effect in effects:
             match effect:
                 case Send(Adopt() as adopt):
-                    await self._store.create(key_of(self._job, adopt), encode(adopt), guard=guard)
+                    await self._led(
+                        store.create(key_of(self._job, adopt), encode(adopt), guard=guard)
+                    )
                 case Send(message):
-                    await self._store.put(key_of(self._job, message), encode(message), guard=guard)
+                    await self._led(
+                        store.put(key_of(self._job, message), encode(message), guard=guard)
+                    )
                 case ForgetNode(node):
-                    await self._store.delete(agent_key(self._job, node), guard=guard)
+                    await self._led(store.delete(agent_key(self._job, node), guard=guard))
                 case Note():
                     self._recorder.observe(time.time(), effect)
                 case Finish():
                     self._recorder.observe(time.time(), effect)
                     return effect
         return None
+
+    async def _led(self, write: Coroutine[Any, Any, object]) -> None:
+        """A write with the guard, which proves that this controller led when it was asked for."""
+        asked_at = time.monotonic()
+        await write
+        self._led_at = asked_at
+
+    async def _note_position(self) -> None:
+        """Say up to where the run's files are written."""
+        self._noted = self._seen
+        value = str(self._noted).encode()
+        guard = self._leadership.guard
+        await self._led(self._store.put(position_key(self._job), value, guard=guard))
 
     async def _feed(self, changes: AsyncIterator[Change]) -> None:
         async for change in changes:
@@ -214,9 +237,8 @@ class Term:
                 self.take(Outage(silent + OUTAGE_SECONDS))
             self.take(Tick())
             if time.time() - noted_at > POSITION_SECONDS and self._seen > self._noted:
-                self._noted, noted_at = self._seen, time.time()
-                value = str(self._noted).encode()
-                await self._store.put(position_key(self._job), value, guard=self._leadership.guard)
+                noted_at = time.time()
+                await self._note_position()
 
     async def _until_lost(self) -> None:
         await self._leadership.lease.wait_lost()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scenes import LIMITS, job_shape, node_devices
+from scenes import LIMITS, failure_of, job_shape, node_devices
 
 from elastic.controller import Controller
 from elastic.driver import Driver
@@ -16,7 +16,7 @@ from elastic.effects import Finish
 from elastic.journal import Recorder
 from elastic.keys import encode, key_of, leader_key, position_key
 from elastic.memory_store import MemoryStore
-from elastic.messages import AgentRecord, ComponentFault, FaultFired, NodeProgress
+from elastic.messages import AgentRecord, ComponentFault, Failed, FaultFired, NodeProgress
 from elastic.recorded import Recorded
 from elastic.topology import DeviceId, Member
 
@@ -28,7 +28,7 @@ PATIENCE_SECONDS = 5.0
 class Candidate:
     """A driver, and waits for its lead and for events of its journal."""
 
-    def __init__(self, store: MemoryStore, run_dir: Path) -> None:
+    def __init__(self, store: MemoryStore, run_dir: Path, lease_seconds: float = 2.0) -> None:
         self.leads = asyncio.Event()
         self._seen: asyncio.Queue[str] = asyncio.Queue()
 
@@ -42,7 +42,7 @@ class Candidate:
             self.leads.set()
             return Recorder(run_dir, "job", controller.plans, listen)
 
-        self.driver = Driver(store, "job", "candidate", 2.0, make, opened)
+        self.driver = Driver(store, "job", "candidate", lease_seconds, make, opened)
 
     async def until(self, event: str) -> None:
         async def seen() -> None:
@@ -101,3 +101,29 @@ def test_a_candidate_stands_by_until_the_leader_is_gone(tmp_path: Path) -> None:
 
     assert asyncio.run(main()).outcome == "interrupted"
     assert (tmp_path / "summary.json").exists()
+
+
+def test_a_leader_that_does_not_know_that_another_leads_leaves_the_files_alone(
+    tmp_path: Path,
+) -> None:
+    member = Member(DeviceId(0, 0), 1)
+
+    async def main() -> None:
+        store = MemoryStore()
+        # As if the whole time of its lease had passed before each event.
+        paused = Candidate(store, tmp_path, lease_seconds=0.0)
+        leading = [asyncio.create_task(paused.driver.run())]
+        await asyncio.wait_for(paused.leads.wait(), PATIENCE_SECONDS)
+        successor = Candidate(store, tmp_path)
+        leading.append(asyncio.create_task(successor.driver.run()))
+        await store.delete(leader_key("job"))
+        await asyncio.wait_for(successor.leads.wait(), PATIENCE_SECONDS)
+        failed = Failed(failure_of(member, at=9.0), None, None, None)
+        await store.put(key_of("job", failed), encode(failed))
+        await successor.until("failure")
+        successor.driver.stop("enough")
+        await asyncio.wait_for(asyncio.gather(*leading), PATIENCE_SECONDS)
+
+    asyncio.run(main())
+    failures = [entry for entry in journal(tmp_path) if entry["event"] == "failure"]
+    assert [entry["member"] for entry in failures] == [str(member)]
