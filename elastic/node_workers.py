@@ -28,7 +28,7 @@ from elastic.spawn import Child, Spawner
 from elastic.topology import DeviceId, Member
 from health.classify import Signal, classify
 from health.liveness import Liveness
-from health.probes.process import is_stopped, read_exit
+from health.probes.process import error_file, is_stopped, read_exit
 
 INCARNATIONS_PER_LIFE = 1_000_000
 """Each life of an agent numbers its processes in a range of its own, so no number is used twice."""
@@ -36,7 +36,10 @@ INCARNATIONS_PER_LIFE = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker process is told when it starts. `payload` is the trainer's own."""
+    """What a worker process is told when it starts.
+
+    `payload` is the trainer's own; `error_file` is where the worker says what it raised.
+    """
 
     member: Member
     host: str
@@ -44,6 +47,7 @@ class WorkerSpec:
     faults: tuple[Fault, ...]
     started_at: float
     payload: str
+    error_file: Path
 
 
 WorkerMain = Callable[[Connection, WorkerSpec], None]
@@ -201,6 +205,7 @@ class NodeWorkers:
             faults=tuple(self._faults),
             started_at=self._spec.started_at,
             payload=self._spec.payload,
+            error_file=error_file(log),
         )
         child = self._spawner.start(self._spec.worker_main, log, spec)
         self._liveness.started(device, member.incarnation, time.monotonic())

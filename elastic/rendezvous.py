@@ -64,7 +64,7 @@ class RendezvousServer:
         self._values: dict[str, bytes] = {}
         self._written: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._decoder = msgspec.msgpack.Decoder(Request)
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str) -> str:
@@ -77,14 +77,14 @@ class RendezvousServer:
         """Stop listening, and end every connection."""
         if self._server is not None:
             self._server.close()
-        for connection in self._connections:
-            connection.cancel()
+        for writer in self._connections.values():
+            writer.transport.abort()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._connections.add(task)
+        self._connections[task] = writer
         try:
             # A worker that dies or severs its connection ends it in one of these ways.
             with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -95,7 +95,7 @@ class RendezvousServer:
                         await self._until_written(request.key, reader)
                     writer.write(frame(Value(self._answer(request))))
         finally:
-            self._connections.discard(task)
+            del self._connections[task]
             writer.close()
 
     async def _until_written(self, key: str, reader: asyncio.StreamReader) -> None:

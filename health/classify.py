@@ -18,13 +18,15 @@ class ProcessExited:
     """A worker process ended although nobody asked it to.
 
     `status` is what multiprocessing reports: an exit code, or minus the number of the signal.
-    `last_words` is the end of its log, empty where it left none.
+    `last_words` is the end of its log, empty where it left none; `raised` the exception that ended
+    it, as its error file has it.
     """
 
     device: DeviceId
     incarnation: int
     status: int
     last_words: str
+    raised: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,9 @@ def _kind_and_evidence(signal: Signal) -> tuple[FaultKind, str]:
     match signal:
         case ProcessExited():
             evidence = _describe_exit(signal.status)
-            if signal.last_words:
+            if signal.raised:
+                evidence += f"; it raised {signal.raised}"
+            elif signal.last_words:
                 evidence += f"; its log ends: {signal.last_words}"
             return FaultKind.PROCESS_EXIT, evidence
         case StoppedAnswering():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from multiprocessing.connection import Connection
 
 from elastic.config import Settings
@@ -21,7 +22,20 @@ class Payload(Settings):
 
 
 def worker_main(connection: Connection, spec: WorkerSpec) -> None:
-    """Run a worker. Raises what the training raises; the process then exits with code 1."""
+    """Run a worker. Raises what the training raises; the process then exits with code 1.
+
+    What it raises is left in `spec.error_file`, as torch elastic records it; a crash inside native
+    code leaves the Python stacks in the log.
+    """
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(spec.error_file)
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
     from trainer.loop import run_worker
 
-    run_worker(connection, spec)
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        run_worker(connection, spec)
+    except Exception as error:
+        handler.record_exception(error)
+        raise

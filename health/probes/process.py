@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from health.classify import ProcessExited
@@ -12,12 +13,33 @@ PROC = Path("/proc")
 
 
 def read_exit(device: DeviceId, incarnation: int, status: int, log: Path) -> ProcessExited:
-    """The signal for a process that ended with `status` and wrote to `log`, if it wrote at all."""
+    """The signal for a process that ended with `status` and wrote to `log`, if it wrote at all.
+
+    Beside the log may be its error file; see `error_file`.
+    """
     last_words = ""
     if status >= 0 and log.exists():
         lines = log.read_text(errors="replace").strip().splitlines()
         last_words = lines[-1][-LOG_TAIL_CHARACTERS:] if lines else ""
-    return ProcessExited(device, incarnation, status, last_words)
+    return ProcessExited(device, incarnation, status, last_words, _raised(error_file(log)))
+
+
+def error_file(log: Path) -> Path:
+    """Where the worker that writes to `log` leaves a record of the exception that ends it.
+
+    The record is torch elastic's (`torch.distributed.elastic.multiprocessing.errors`): JSON with
+    the message, the call stack and the time.
+    """
+    return log.with_suffix(".error.json")
+
+
+def _raised(record: Path) -> str:
+    try:
+        message = json.loads(record.read_bytes())["message"]["message"]
+    except (OSError, ValueError, LookupError, TypeError):
+        # It was killed, or died while it wrote the record: the log and the status have to do.
+        return ""
+    return str(message)[:LOG_TAIL_CHARACTERS]
 
 
 def is_stopped(pid: int, proc: Path = PROC) -> bool:

@@ -6,9 +6,11 @@ for the link to it and asks for a pause where the layout is to change.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -150,7 +152,7 @@ def story_rank(
     line = Line()
     heart = Heart(member, line, interval_seconds=3600.0)  # type: ignore[arg-type]
     worker = Worker(member, line, heart, rank.groups(), cpu)  # type: ignore[arg-type]
-    spec = WorkerSpec(member, LINK.host, config.health, (), time.time(), "")
+    spec = WorkerSpec(member, LINK.host, config.health, (), time.time(), "", Path(os.devnull))
     steps = StepLoop(config, worker, spec, cpu)
     training = steps.training
     snapshots: list[Snapshot] = []

@@ -55,6 +55,12 @@ def test_the_evidence_of_an_exit_is_what_a_person_wants_to_read(
     assert (event.kind, event.evidence) == (FaultKind.PROCESS_EXIT, evidence)
 
 
+def test_a_recorded_exception_says_more_than_the_log() -> None:
+    exited = ProcessExited(DEVICE, 1, 1, "some warning", raised="ValueError: x")
+    event = classify(exited, device_healthy=True, now=0.0)
+    assert event.evidence == "process exited with code 1; it raised ValueError: x"
+
+
 HANGS: dict[Signal, tuple[FaultKind, str]] = {
     StoppedAnswering(DEVICE, 1, "stop", 2.5): (
         FaultKind.HANG,

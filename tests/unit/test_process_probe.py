@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from health.probes.process import is_stopped
+from health.events import DeviceId
+from health.probes.process import error_file, is_stopped, read_exit
 
 
 @pytest.fixture
@@ -65,3 +66,32 @@ def test_what_cannot_be_read_is_not_stopped(tmp_path: Path, content: str) -> Non
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "stat").write_text(content)
     assert not is_stopped(7, tmp_path)
+
+
+DEVICE = DeviceId(0, 1)
+
+
+def test_an_exit_is_read_with_the_end_of_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "node0-1.1.log"
+    assert read_exit(DEVICE, 1, 1, log).last_words == ""
+    log.write_text("first\nlast\n")
+    assert read_exit(DEVICE, 1, 1, log).last_words == "last"
+    assert read_exit(DEVICE, 1, -9, log).last_words == "", "a killed process says nothing of it"
+
+
+@pytest.mark.parametrize(
+    ("record", "raised"),
+    [
+        ('{"message": {"message": "ValueError: x", "extraInfo": {}}}', "ValueError: x"),
+        ('{"message": {"message": "ValueE', ""),
+        ('{"message": "of an older format"}', ""),
+        ("[]", ""),
+        ("", ""),
+    ],
+)
+def test_what_a_worker_raised_is_read_from_its_error_file(
+    tmp_path: Path, record: str, raised: str
+) -> None:
+    log = tmp_path / "node0-1.1.log"
+    error_file(log).write_text(record)
+    assert read_exit(DEVICE, 1, 1, log).raised == raised
