@@ -23,6 +23,7 @@ from elastic.topology import DeviceId
 from elastic.worker import StepAborted, Worker
 from health.heartbeat import Activity
 from ntp.process_groups import Link, ProcessGroups, is_connection_error
+from trainer.accelerators import accelerator_of
 from trainer.batch import combine
 from trainer.config import RunConfig
 from trainer.data import ByteCorpus, load_corpus
@@ -192,9 +193,8 @@ class StepLoop:
 
 
 def _device(device: DeviceId, cluster: ClusterConfig) -> torch.device:
-    """This worker's accelerator if the machine has one for each of its workers, else the CPU."""
-    if torch.cuda.device_count() < cluster.devices:
+    index = accelerator_of(device, cluster, torch.cuda.device_count())
+    if index is None:
         return torch.device("cpu")
-    index = device.node * cluster.devices_per_node + device.index
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
