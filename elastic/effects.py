@@ -17,12 +17,14 @@ from elastic.messages import (
     ComponentFault,
     Failed,
     Fence,
+    Leave,
     NodeAlive,
     NodeProgress,
     NodeReport,
     Quiesce,
     Stop,
 )
+from health.policy import QuarantinePolicy
 
 
 class Phase(StrEnum):
@@ -91,7 +93,7 @@ class Note:
 class Send:
     """Effect: write a message to the store under the key that belongs to it."""
 
-    message: Quiesce | Adopt | Fence | Stop
+    message: Quiesce | Adopt | Fence | Leave | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,8 @@ class Limits:
     """Deadlines in seconds, and after how many generations the job gives up.
 
     `pause_timeout_seconds` bounds a quiesce that waits for the step in flight;
-    `max_fruitless_recoveries` counts generations in a row that committed nothing.
+    `max_fruitless_recoveries` counts generations in a row that committed nothing; `quarantine` says
+    how long a device is kept out that keeps failing.
     """
 
     spawn_timeout_seconds: float
@@ -127,3 +130,4 @@ class Limits:
     agent_timeout_seconds: float
     max_recoveries: int
     max_fruitless_recoveries: int
+    quarantine: QuarantinePolicy

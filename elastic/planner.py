@@ -112,14 +112,15 @@ def newcomers(shape: JobShape, situation: Situation, present: Plan) -> tuple[Mem
     return tuple(sorted(seated.intersection(idle)))
 
 
-def can_do_without(shape: JobShape, situation: Situation, present: Plan) -> bool:
-    """Whether a plan made now could do without the leaving devices, which `present` makes use of.
+def still_needed(shape: JobShape, situation: Situation, present: Plan) -> str | None:
+    """Why a plan made now could not do without the leaving devices, which `present` makes use of;
+    None if it could.
 
     Asks the same of `situation` as `newcomers`.
     """
     left = [each for each in present.placement if each.member.device in situation.leaving]
     choice = _choose_now(shape, situation, present, _idle(situation, present), left)
-    return not isinstance(choice, NoPlan)
+    return choice.reason if isinstance(choice, NoPlan) else None
 
 
 def _idle(situation: Situation, present: Plan) -> list[Member]:

@@ -38,6 +38,7 @@ from elastic.messages import (
 )
 from elastic.recorded import read_messages
 from elastic.store import Guard, GuardFailed, LeaseLost
+from health.policy import QuarantinePolicy
 
 if TYPE_CHECKING:
     from world import World
@@ -55,6 +56,7 @@ LIMITS = Limits(
     agent_timeout_seconds=1.0,
     max_recoveries=200,
     max_fruitless_recoveries=50,
+    quarantine=QuarantinePolicy(20.0, 5.0, 20.0),
 )
 Reported = AgentRecord | Failed | NodeAlive | NodeReport | NodeProgress
 

@@ -46,6 +46,7 @@ from elastic.topology import DeviceId, Member
 from elastic.worker_status import fresh_status, summed_up
 from health.classify import ProcessExited, StoppedAnswering, classify
 from health.events import FailureEvent
+from health.policy import QuarantinePolicy
 from ntp.atoms import AtomCounts, AtomSizes
 from ntp.geometry import SlotRef
 
@@ -57,6 +58,7 @@ LIMITS = Limits(
     agent_timeout_seconds=0.5,
     max_recoveries=5,
     max_fruitless_recoveries=4,
+    quarantine=QuarantinePolicy(100.0, 20.0, 60.0),
 )
 VOTE = (8.0, 0.0)
 SILENT_FIELDS = {"digest", "slots", "quiesced_at", "done_at", "moved_elements", "detected_at", "id"}
