@@ -229,11 +229,11 @@ class Job:
         nodes = {m.device.node for m in self.placed() if m.device in situation.leaving}
         if not nodes:
             return []
-        names = ", ".join(f"node{node}" for node in sorted(nodes))
+        names = ", ".join(f"node{node} drains" for node in sorted(nodes))
         needed = still_needed(self.shape, situation, plan)
         if needed is not None:
             return [Note("drain_waits", {"nodes": sorted(nodes), "reason": f"without: {needed}"})]
-        return self.announce(f"{names} drain", False, now)
+        return self.announce(names, False, now)
 
     def dismiss(self) -> list[Effect]:
         """Let the agents go that drain, and of whose nodes nothing is in use any more."""
