@@ -185,7 +185,7 @@ class Term:
         for effect in effects:
             match effect:
                 case Send(Adopt() as adopt):
-                    world.oracle.planned(adopt.plan, self.seen)
+                    world.oracle.planned(process, adopt.plan, self.seen)
                     yield store.create(process, key_of(JOB, adopt), adopt, guard=guard)
                 case Send(message):
                     world.oracle.commands(message, self.seen)
