@@ -57,6 +57,7 @@ class Job:
         self._progress_at_announcement = -1
         self._judged: tuple[int, _There] = (0, (0, frozenset()))
         self._drain_judged = self._judged[1]
+        self._in_use: tuple[tuple[int, bool], frozenset[int]] = ((0, False), frozenset())
 
     @property
     def plan(self) -> Plan | None:
@@ -240,10 +241,13 @@ class Job:
         draining = self.members.draining
         if not draining or self.phase in (Phase.COMPLETED, Phase.HALTED):
             return []
-        needed = {member.device.node for member in self.involved()}
+        # Asked with every event, and the same as long as the plan is and nobody passed its barrier.
+        known = (max(self.plans, default=0), self.phase is Phase.RUNNING)
+        if known != self._in_use[0]:
+            self._in_use = known, frozenset(member.device.node for member in self.involved())
         effects: list[Effect] = []
         for agent in draining:
-            if agent.node not in needed:
+            if agent.node not in self._in_use[1]:
                 self.members.dismiss(agent.node, agent.life)
                 effects.append(Send(Leave(agent.node, agent.life)))
                 effects.append(Note("drained", {"node": agent.node}))
