@@ -42,6 +42,8 @@ class Adoption:
 
     def take(self, note: PhaseDone) -> float | None:
         """A worker finished a part; returns when the last one did, once all have."""
+        if note.member not in self._involved:
+            return None
         done = self._done.setdefault(note.phase, {})
         done[note.member] = note.at
         if set(done) != self._involved:

@@ -8,6 +8,10 @@ An agent lives as long as its record. If that is gone, because the lease ended w
 out of reach or because the controller gave the node up, others go on without this node: the agent
 kills its workers, and begins a new life with new ones. It never takes up processes that it did not
 start in this life, and they end with it (see `elastic.spawn`).
+
+An agent that is asked to leave drains: it says so in its record and starts no more processes. Its
+workers go on, and hand over what they hold, until the controller says that nothing of the node is
+in use any more, or until the patience with which it was asked ends.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from elastic.keys import agent_key, decode, encode, job_prefix, key_of, life_key
 from elastic.leadership import create_when_free
@@ -26,6 +31,7 @@ from elastic.messages import (
     Failed,
     FaultFired,
     Fence,
+    Leave,
     NodeAlive,
     NodeProgress,
     NodeReport,
@@ -49,29 +55,50 @@ from health.classify import StoppedAnswering
 _log = logging.getLogger(__name__)
 
 
+class Departure(StrEnum):
+    """Why an agent ended. `UNDRAINED`: it was asked to leave, and its node's work is not handed
+    over."""
+
+    JOB_OVER = "the job is over"
+    DRAINED = "its work was handed over"
+    UNDRAINED = "its work was not handed over in time"
+
+
 class Agent:
-    """One node's agent. `run` returns when the job is over and no process is left."""
+    """One node's agent. `run` returns when it is not needed any more and no process is left.
+
+    `drain` may be called at any time from the event loop.
+    """
 
     def __init__(self, spec: NodeSpec, store: Store, spawner: Spawner) -> None:
         self._spec = spec
         self._store = store
         self._spawner = spawner
+        self._asked_to_leave = asyncio.Event()
 
-    async def run(self) -> None:
-        """Serve the node, life after life, until the controller ends the job."""
+    def drain(self) -> None:
+        """Hand the node's work over, and leave."""
+        self._asked_to_leave.set()
+
+    async def run(self) -> Departure:
+        """Serve the node, life after life, until the controller ends the job or it is to leave."""
         # In a thread, as the fork server's imports take seconds; meanwhile the node registers.
         warm = asyncio.get_running_loop().run_in_executor(None, self._spawner.warm_up)
         warm.add_done_callback(lambda future: future.exception())
-        while not await _Life(self._spec, self._store, self._spawner, warm).run():
-            _log.warning("node %d was given up by the others; it begins anew", self._spec.node)
+        while not self._asked_to_leave.is_set():
+            life = _Life(self._spec, self._store, self._spawner, warm, self._asked_to_leave)
+            if (departure := await life.run()) is not None:
+                return departure
+            _log.warning("node %d was given up by the others", self._spec.node)
+        return Departure.UNDRAINED
 
 
 class _Ended(Exception):
-    """The life is over; `job_over` says whether the job is."""
+    """The life is over, and with `departure` the agent is."""
 
-    def __init__(self, *, job_over: bool) -> None:
-        super().__init__(job_over)
-        self.job_over = job_over
+    def __init__(self, departure: Departure | None) -> None:
+        super().__init__(departure)
+        self.departure = departure
 
 
 @dataclass(slots=True)
@@ -87,12 +114,19 @@ class _Life:
     """An agent from its registration to the end of its record. It supervises its own workers."""
 
     def __init__(
-        self, spec: NodeSpec, store: Store, spawner: Spawner, warm: asyncio.Future[None]
+        self,
+        spec: NodeSpec,
+        store: Store,
+        spawner: Spawner,
+        warm: asyncio.Future[None],
+        asked_to_leave: asyncio.Event,
     ) -> None:
         self._spec = spec
         self._store = store
         self._spawner = spawner
         self._warm = warm
+        self._asked_to_leave = asked_to_leave
+        self._draining = False
         self._number = 0
         self._rendezvous_address = ""
         self._announced = 0
@@ -103,8 +137,8 @@ class _Life:
         self._outbox: asyncio.Queue[StoreMessage | None] = asyncio.Queue()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def run(self) -> bool:
-        """Live; returns whether the job is over. No process is left, however it ends."""
+    async def run(self) -> Departure | None:
+        """Live; None: it was given up. No process is left, however it ends."""
         job, node, health = self._spec.job, self._spec.node, self._spec.health
         rendezvous = RendezvousServer()
         self._rendezvous_address = await rendezvous.start(self._spec.host)
@@ -127,6 +161,7 @@ class _Life:
             tasks.append(asyncio.create_task(self._write(lease)))
             tasks.append(asyncio.create_task(_until_lost(lease)))
             tasks.append(asyncio.create_task(self._workers.watch()))
+            tasks.append(asyncio.create_task(self._drain()))
             await asyncio.wait([self._warm, *tasks], return_when=asyncio.FIRST_COMPLETED)
             if not any(task.done() for task in tasks):
                 self._warm.result()
@@ -137,9 +172,9 @@ class _Life:
                     task.result()
             raise AssertionError("a task of an agent ended without a reason")
         except _Ended as ended:
-            return ended.job_over
+            return ended.departure
         except LeaseLost:
-            return False
+            return None
         finally:
             for task in tasks:
                 task.cancel()
@@ -156,7 +191,7 @@ class _Life:
             case Quiesce(generation):
                 self._announced = max(self._announced, generation)
             case Stop():
-                raise _Ended(job_over=True)
+                raise _Ended(Departure.JOB_OVER)
             case _:
                 pass
 
@@ -164,7 +199,7 @@ class _Life:
         async for change in changes:
             if change.value is None:
                 if change.key == agent_key(self._spec.job, self._spec.node):
-                    raise _Ended(job_over=False)
+                    raise _Ended(None)
                 continue
             match decode(self._spec.job, change.key, change.value):
                 case Quiesce() as quiesce:
@@ -178,9 +213,11 @@ class _Life:
                 case NodeProgress() as progress if self._workers.heals:
                     steps = (note.step for note in progress.notes if isinstance(note, StepDone))
                     self._workers.heal(max(steps, default=-1))
+                case Leave(self._spec.node, self._number):
+                    raise _Ended(Departure.DRAINED)
                 case Stop() as stop:
                     self._workers.tell(stop)
-                    raise _Ended(job_over=True)
+                    raise _Ended(Departure.JOB_OVER)
                 case _:
                     continue
 
@@ -209,6 +246,15 @@ class _Life:
             member.device, member.incarnation, fence.asked_to, fence.waited_seconds
         )
         self._workers.fence(member, signal)
+
+    async def _drain(self) -> None:
+        """Once asked to leave, say so; leave unasked if nobody answers in time."""
+        await self._asked_to_leave.wait()
+        self._draining = True
+        self._workers.retire()
+        self._outbox.put_nowait(self._record())
+        await asyncio.sleep(self._spec.health.drain_timeout_seconds)
+        raise _Ended(Departure.UNDRAINED)
 
     # From the workers.
 
@@ -255,6 +301,7 @@ class _Life:
             self._spec.devices,
             self._workers.ready,
             self._rendezvous_address,
+            self._draining,
         )
 
     def _answer_if_complete(self) -> None:
@@ -292,7 +339,7 @@ async def _next_life(store: Store, job: str, node: int) -> int:
 
 async def _until_lost(lease: Lease) -> None:
     await lease.wait_lost()
-    raise _Ended(job_over=False)
+    raise _Ended(None)
 
 
 def for_node(spec: NodeSpec, node: int, devices: Sequence[DeviceId]) -> NodeSpec:

@@ -151,6 +151,12 @@ class HealthConfig(Settings):
         description="Seconds that an agent's record in the store outlives it; then its node counts "
         "as lost. Etcd rounds up to whole seconds, at least two.",
     )
+    drain_timeout_seconds: float = Field(
+        default=25.0,
+        gt=0,
+        description="Seconds that an agent which is to leave waits until its node's work is handed "
+        "over; then it leaves anyway, and the node is lost. Kubernetes kills after 30 s.",
+    )
     leader_lease_seconds: float = Field(
         default=2.0,
         gt=0,

@@ -87,11 +87,14 @@ class Controller:
 
         `journaled` are the ids of failures that the journal has already.
         """
-        recorded = self._recorded
+        recorded, members = self._recorded, self._job.members
+        for node, life in recorded.dismissed:
+            members.dismiss(node, life)
         for record in recorded.nodes:
-            self._job.members.record(record)
+            members.record(record)
         for failed in recorded.failures:
-            self._job.members.remove(failed.member)
+            members.remove(failed.member)
+        self._job.probation.recall(recorded.failures, members.is_ready, now)
         placed = self._job.placed()
         self._job.committed = {m: step for m, step in self._job.committed.items() if m in placed}
         effects: list[Effect] = [
@@ -104,7 +107,7 @@ class Controller:
             effects.append(Note("took_over", fields))
         if recorded.announced is not None:
             patience = self._job.limits.pause_timeout_seconds
-            awaited = self._job.involved() & self._job.members.alive()
+            awaited = self._job.involved() & members.alive()
             self._job.quiescence = Quiescence(awaited, now + patience)
             if recorded.announced.ask_agents:
                 self._job.ask_agents(now)
@@ -112,32 +115,39 @@ class Controller:
                 self._job.quiescence.take(report)
             for node in recorded.heard:
                 self._job.quiescence.hear(node)
-            return effects + self._job.plan_if_quiet()
-        if not self._job.plans:
-            return effects + self._job.plan_if_quiet()
-        return effects + self._go_on(now)
+            effects += self._job.plan_if_quiet(now)
+        elif not self._job.plans:
+            effects += self._job.plan_if_quiet(now)
+        else:
+            effects += self._go_on(now)
+        return effects + self._job.dismiss()
 
     def _go_on(self, now: float) -> list[Effect]:
         """Nothing was announced since the newest plan: find out how far its workers came."""
-        involved = self._job.involved()
-        self._job.phase = Phase.REBUILDING
-        self._job.adoption = Adoption(self._job.generation, involved)
+        everybody = self._job.involved()
         current = [
             status
             for status in self._recorded.statuses.values()
-            if status.generation == self._job.generation and status.member in involved
+            if status.generation == self._job.generation and status.member in everybody
         ]
+        # Behind the barrier that one passed nobody needs the donors, who may be gone.
+        passed = any(RecoveryPhase.RESUME in status.phases for status in current)
+        involved = self._job.placed() if passed else everybody
+        self._job.phase = Phase.REBUILDING
+        self._job.adoption = Adoption(self._job.generation, involved)
         for phase in RecoveryPhase:
             for status in current:
                 if phase in status.phases:
                     self._job.phase_done(PhaseDone(self._job.generation, status.member, phase, now))
-        if lost := sorted(self._job.involved() - self._job.members.alive()):
+        if lost := sorted(involved - self._job.members.alive()):
             names = ", ".join(str(member.device) for member in lost)
             return self._job.announce(f"{names} failed while nobody led", True, now)
         for status in current:
             if status.broken:
                 self._job.suspect(status.member, now)
-        return self._job.complete_if_done() or self._job.grow_if_possible(now)
+        if effects := self._job.complete_if_done():
+            return effects
+        return self._job.improve(now) if self._job.phase is Phase.RUNNING else []
 
     @property
     def phase(self) -> Phase:
@@ -169,7 +179,7 @@ class Controller:
         handler = _TABLE.get((self._job.phase, type(event)))
         if handler is None:
             raise ProtocolError(f"{type(event).__name__} in phase {self._job.phase}")
-        return handler(self, event, now)
+        return [*handler(self, event, now), *self._job.dismiss()]
 
     # Events.
 
@@ -178,22 +188,27 @@ class Controller:
 
     def _agent_record(self, event: AgentRecord, now: float) -> list[Effect]:
         ended = self._job.members.record(event)
+        for device in filter(self._job.members.is_ready, event.devices):
+            self._job.probation.returned(device, now)
         if ended & self._job.involved():
             # Its agent was gone and is back, and nobody saw the time between.
             names = ", ".join(str(member.device) for member in sorted(ended))
             return self._job.announce(f"the agent of {names} began anew", True, now)
         if self._job.phase is Phase.QUIESCING:
-            return self._job.plan_if_quiet()
+            return self._job.plan_if_quiet(now)
         if self._job.phase is Phase.RUNNING:
-            return self._job.grow_if_possible(now)
+            return self._job.improve(now)
         return []
 
     def _failed(self, event: Failed, now: float) -> list[Effect]:
         member = event.member
         involved = member in self._job.involved()
+        is_new = not self._job.members.is_gone(member)
         self._job.members.remove(member)
         self._job.quiescence.drop(member)
         effects: list[Effect] = [self._job.failure_note(event)]
+        if is_new:
+            effects += self._job.probation.failed(event.failure, now)
         if involved and self._job.plans:
             device, kind = event.failure.device, event.failure.kind
             effects += self._job.announce(f"{device} {kind}", True, now)
@@ -211,6 +226,7 @@ class Controller:
             gone = NodeGone(member.device, member.incarnation, event.evidence)
             failure = classify(gone, device_healthy=False, now=now)
             effects.append(self._job.failure_note(Failed(failure, *cause)))
+            effects += self._job.probation.failed(failure, now)
         if hit:
             effects += self._job.announce(f"node{event.node} is lost", True, now)
         return effects
@@ -235,7 +251,7 @@ class Controller:
         if event.generation != self._job.generation:
             return []
         self._job.quiescence.take(event)
-        return self._job.plan_if_quiet()
+        return self._job.plan_if_quiet(now)
 
     def _node_progress(self, event: NodeProgress, now: float) -> list[Effect]:
         job = self._job
@@ -259,13 +275,16 @@ class Controller:
         if job.adopting:
             effects += job.complete_if_done()
         if job.phase is Phase.RUNNING:
-            effects += job.grow_if_possible(now)
+            effects += job.improve(now)
         return effects
 
     def _tick_adopting(self, event: Tick, now: float) -> list[Effect]:
-        if (suspicion := self._job.adoption.overdue(now)) is None:
-            return []
-        return self._job.announce(suspicion.cause, True, now, ask_agents=True)
+        effects = self._job.probation.release(now)
+        if (suspicion := self._job.adoption.overdue(now)) is not None:
+            return effects + self._job.announce(suspicion.cause, True, now, ask_agents=True)
+        if self._job.phase is Phase.RUNNING:
+            effects += self._job.improve(now)
+        return effects
 
     def _tick(self, event: Tick, now: float) -> list[Effect]:
         limits = self._job.limits

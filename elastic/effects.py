@@ -17,12 +17,14 @@ from elastic.messages import (
     ComponentFault,
     Failed,
     Fence,
+    Leave,
     NodeAlive,
     NodeProgress,
     NodeReport,
     Quiesce,
     Stop,
 )
+from health.policy import QuarantinePolicy
 
 
 class Phase(StrEnum):
@@ -100,7 +102,7 @@ class Note:
 class Send:
     """Effect: write a message to the store under the key that belongs to it."""
 
-    message: Quiesce | Adopt | Fence | Stop
+    message: Quiesce | Adopt | Fence | Leave | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,8 @@ class Limits:
     """Deadlines in seconds, and after how many generations the job gives up.
 
     `pause_timeout_seconds` bounds a quiesce that waits for the step in flight;
-    `max_fruitless_recoveries` counts generations in a row that committed nothing.
+    `max_fruitless_recoveries` counts generations in a row that committed nothing; `quarantine` says
+    how long a device is kept out that keeps failing.
     """
 
     spawn_timeout_seconds: float
@@ -136,3 +139,4 @@ class Limits:
     agent_timeout_seconds: float
     max_recoveries: int
     max_fruitless_recoveries: int
+    quarantine: QuarantinePolicy

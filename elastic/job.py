@@ -10,14 +10,25 @@ from __future__ import annotations
 from elastic.adoption import Adoption
 from elastic.effects import Effect, Finish, Limits, Note, Phase, Send
 from elastic.membership import Membership
-from elastic.messages import Adopt, Failed, PhaseDone, Quiesce, RecoveryPhase, Stop
+from elastic.messages import Adopt, Failed, Leave, PhaseDone, Quiesce, RecoveryPhase, Stop
 from elastic.notes import failure_note, plan_note
 from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan
-from elastic.planner import JobShape, Situation, home_devices, newcomers, plan_generation
+from elastic.planner import (
+    JobShape,
+    Situation,
+    home_devices,
+    newcomers,
+    plan_generation,
+    still_needed,
+)
+from elastic.probation import Probation
 from elastic.quiescence import Quiescence
 from elastic.recorded import Recorded
 from elastic.topology import DeviceId, Member
+
+_There = tuple[int, frozenset[DeviceId]]
+"""Who is there: how often that changed, and which devices are quarantined."""
 
 
 class Job:
@@ -41,9 +52,12 @@ class Job:
         self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
         self.pace = PaceLog(self.plans)
+        self.probation = Probation(limits.quarantine)
         self._fruitless = 0
         self._progress_at_announcement = -1
-        self._judged = (0, 0)
+        self._judged: tuple[int, _There] = (0, (0, frozenset()))
+        self._drain_judged = self._judged[1]
+        self._in_use: tuple[tuple[int, bool], frozenset[int]] = ((0, False), frozenset())
 
     @property
     def plan(self) -> Plan | None:
@@ -121,15 +135,15 @@ class Job:
             "awaited": len(self.quiescence.awaited),
             "reason": reason,
         }
-        return [Send(quiesce), Note("quiesce", fields), *self.plan_if_quiet()]
+        return [Send(quiesce), Note("quiesce", fields), *self.plan_if_quiet(now)]
 
-    def plan_if_quiet(self) -> list[Effect]:
+    def plan_if_quiet(self, now: float) -> list[Effect]:
         """Plan the generation that was announced, once nobody is awaited any more."""
         incomplete = self.quiescence.awaited if self.plans else self.members.missing()
         if incomplete:
             return []
         answers = self.quiescence.answers
-        plan = plan_generation(self.shape, self._situation())
+        plan = plan_generation(self.shape, self._situation(now))
         if isinstance(plan, NoPlan):
             return self.halt(plan.reason)
         alive = self.members.alive()
@@ -151,7 +165,7 @@ class Job:
         lost_steps = max(0, committed + 1 - plan.resume_step)
         return [*effects, plan_note(plan, self.shape.sizes, lost_steps)]
 
-    def _situation(self) -> Situation:
+    def _situation(self, now: float) -> Situation:
         return Situation(
             generation=self.generation,
             workers=self.members.workers(),
@@ -160,7 +174,18 @@ class Job:
             rendezvous=self.members.rendezvous,
             homes=self.members.homes,
             paces=self.pace.paces,
+            quarantined=self._kept_out(now),
+            leaving=self.members.leaving(),
         )
+
+    def _kept_out(self, now: float) -> frozenset[DeviceId]:
+        """The quarantined devices on which nobody works. Nobody is torn out of what runs, and a job
+        starts with all that it has."""
+        held = self.probation.held(now)
+        if not held or not self.plans:
+            return frozenset()
+        alive = self.members.alive()
+        return held - {member.device for member in self.involved() if member in alive}
 
     def phase_done(self, note: PhaseDone) -> list[Effect]:
         """A worker finished a part of the change to this generation."""
@@ -177,19 +202,56 @@ class Job:
             effects.append(Note("running", {"generation": note.generation}))
         return effects
 
-    def grow_if_possible(self, now: float) -> list[Effect]:
-        """Announce the next generation if workers are ready that could take a place."""
+    def improve(self, now: float) -> list[Effect]:
+        """Announce the next generation if it could do without a node that drains, or if workers are
+        ready that could take a place."""
         plan = self.plan
         # Who was not wanted is not wanted as long as nobody comes or goes.
-        known = (self.generation, self.members.changes)
+        there = (self.members.changes, self.probation.held(now))
+        known = (self.generation, there)
         if plan is None or known == self._judged or self.step_in_flight() >= self.shape.steps - 1:
             return []
         self._judged = known
-        wanted = newcomers(self.shape, self._situation(), plan)
+        situation = self._situation(now)
+        effects: list[Effect] = []
+        if situation.leaving and there != self._drain_judged:
+            # Once for those who are there: a plan that finds no way would not find one again.
+            self._drain_judged = there
+            effects = self._leave_if_possible(plan, situation, now)
+        if self.phase is not Phase.RUNNING:
+            return effects
+        wanted = newcomers(self.shape, situation, plan)
         if not wanted:
-            return []
+            return effects
         names = ", ".join(str(member.device) for member in wanted)
-        return self.announce(f"{names} can take a place", False, now)
+        return [*effects, *self.announce(f"{names} can take a place", False, now)]
+
+    def _leave_if_possible(self, plan: Plan, situation: Situation, now: float) -> list[Effect]:
+        nodes = {m.device.node for m in self.placed() if m.device in situation.leaving}
+        if not nodes:
+            return []
+        names = ", ".join(f"node{node} drains" for node in sorted(nodes))
+        needed = still_needed(self.shape, situation, plan)
+        if needed is not None:
+            return [Note("drain_waits", {"nodes": sorted(nodes), "reason": f"without: {needed}"})]
+        return self.announce(names, False, now)
+
+    def dismiss(self) -> list[Effect]:
+        """Let the agents go that drain, and of whose nodes nothing is in use any more."""
+        draining = self.members.draining
+        if not draining or self.phase in (Phase.COMPLETED, Phase.HALTED):
+            return []
+        # Asked with every event, and the same as long as the plan is and nobody passed its barrier.
+        known = (max(self.plans, default=0), self.phase is Phase.RUNNING)
+        if known != self._in_use[0]:
+            self._in_use = known, frozenset(member.device.node for member in self.involved())
+        effects: list[Effect] = []
+        for agent in draining:
+            if agent.node not in self._in_use[1]:
+                self.members.dismiss(agent.node, agent.life)
+                effects.append(Send(Leave(agent.node, agent.life)))
+                effects.append(Note("drained", {"node": agent.node}))
+        return effects
 
     def complete_if_done(self) -> list[Effect]:
         """End the job if everybody committed the last step."""

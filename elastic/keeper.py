@@ -23,10 +23,14 @@ RESTART_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A process of the run. `name` is also that of its log."""
+    """A process of the run. `name` is also that of its log.
+
+    `may_leave`: the run goes on without it once it ended by itself.
+    """
 
     name: str
     command: tuple[str, ...]
+    may_leave: bool = False
 
 
 class PartRefused(RuntimeError):

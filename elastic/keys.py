@@ -10,6 +10,7 @@ from elastic.messages import (
     ComponentFault,
     Failed,
     Fence,
+    Leave,
     NodeAlive,
     NodeProgress,
     NodeReport,
@@ -90,6 +91,8 @@ def _path(message: StoreMessage) -> str:
             return f"plan/{message.plan.generation}"
         case Fence():
             return f"commands/fence/{message.member}"
+        case Leave():
+            return f"commands/leave/{message.node}"
         case Stop():
             return "commands/stop"
         case StopWish():

@@ -1,9 +1,10 @@
 """A run of many processes on one machine: etcd, controllers and agents, and who watches over them.
 
 The launcher starts what would be started on many hosts elsewhere, the same commands with the same
-arguments, and does what a cluster manager does there: a process that ends before the job does is
-started again. It shows what the run's files say, and takes no part in anything else: a slow
-launcher slows nothing. If it dies, everything ends with it.
+arguments, and does what a cluster manager does there: a process that is killed before the job is
+over is started again. An agent that somebody asked to leave is not, and the job goes on without it;
+the launcher itself asks none. It shows what the run's files say, and takes no part in anything
+else: a slow launcher slows nothing. If it dies, everything ends with it.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ async def _run(
         parts = [asyncio.create_task(keeper.run()) for keeper in keepers]
         showing = asyncio.create_task(_look(tail, strikes))
         try:
-            await asyncio.wait([over, showing, *parts], return_when=asyncio.FIRST_COMPLETED)
+            await _until_ended(over, showing, dict(zip(parts, keepers, strict=True)))
             for task in (showing, *parts):
                 if task.done() and (error := task.exception()) is not None:
                     traceback.print_exception(error)
@@ -126,6 +127,21 @@ async def _until_over(store: Store, job: str) -> None:
     async for change in store.watch(key_of(job, Stop("", ""))):
         if change.value is not None:
             return
+
+
+async def _until_ended(
+    over: asyncio.Task[None],
+    showing: asyncio.Task[None],
+    parts: Mapping[asyncio.Task[None], Keeper],
+) -> None:
+    """Return when the job is over, or cannot go on."""
+    waiting = {over, showing, *parts}
+    while True:
+        ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            left = task in parts and parts[task].part.may_leave and task.exception() is None
+            if not left:
+                return
 
 
 async def _look(tail: RunTail, strikes: ComponentStrikes) -> None:

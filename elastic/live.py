@@ -150,6 +150,15 @@ def describe(event: str, fields: Mapping[str, Any]) -> str | None:
             return f"generation {fields['generation']}: {action}, {reason}"
         case "running":
             return f"generation {fields['generation']} runs"
+        case "drained":
+            return f"node{fields['node']} may leave: nothing of it is in use"
+        case "drain_waits":
+            nodes = ", ".join(f"node{node}" for node in fields["nodes"])
+            return f"{nodes} is to leave, but is still needed: {fields['reason']}"
+        case "quarantined":
+            return f"quarantine: {fields['reason']}"
+        case "quarantine_over":
+            return f"{fields['device']} may be used again"
         case "connection_lost":
             return f"{fields['member']} lost a connection: {fields['detail'].splitlines()[0][:100]}"
         case "replicas_differ":

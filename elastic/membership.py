@@ -14,7 +14,11 @@ from elastic.topology import Coordinate, DeviceId, Member
 
 class Membership:
     """Book of members by device. `homes` are the devices that the grid's places prefer; devices
-    beyond them are spares. `changes` counts how often a worker became ready or went."""
+    beyond them are spares. `changes` counts how often a worker became ready or went, or was to.
+
+    A node whose agent drains is to be left. Once nothing of it is needed it is dismissed: its
+    workers are gone then, whatever is still heard of that life of its agent.
+    """
 
     def __init__(self, devices: Iterable[DeviceId], homes: Mapping[Coordinate, DeviceId]) -> None:
         self.homes = homes
@@ -23,16 +27,23 @@ class Membership:
         self._ready: dict[DeviceId, Member] = {}
         self._gone: set[Member] = set()
         self._agents: dict[int, AgentRecord] = {}
+        self._draining: dict[int, AgentRecord] = {}
+        self._dismissed: set[tuple[int, int]] = set()
 
     def record(self, record: AgentRecord) -> set[Member]:
         """Take what an agent says of its node; returns the workers of an earlier life of it."""
         known = self._agents.get(record.node)
         ended: set[Member] = set()
+        if (record.node, record.life) in self._dismissed:
+            return ended
         if known is not None and record.life < known.life:
             return ended
         if known is not None and record.life > known.life:
             ended = self.remove_node(record.node)
         self._agents[record.node] = record
+        if record.draining:
+            self.changes += record.node not in self._draining
+            self._draining[record.node] = record
         for member in record.ready:
             is_new = member not in self._gone and self._ready.get(member.device) != member
             if is_new and member.device in self._devices:
@@ -50,6 +61,7 @@ class Membership:
     def remove_node(self, node: int) -> set[Member]:
         """The node's agent is gone, and its workers with it; returns those that were ready."""
         self._agents.pop(node, None)
+        self._draining.pop(node, None)
         lost = {member for device, member in self._ready.items() if device.node == node}
         for member in lost:
             self.remove(member)
@@ -60,6 +72,30 @@ class Membership:
         record = self._agents.get(node)
         return record.life if record is not None else None
 
+    def dismiss(self, node: int, life: int) -> None:
+        """The agent of `node` in its life `life` may leave, or may have left."""
+        self._dismissed.add((node, life))
+        agent = self._agents.get(node)
+        if agent is not None and agent.life == life:
+            self.remove_node(node)
+
+    @property
+    def draining(self) -> tuple[AgentRecord, ...]:
+        """The agents that are to leave and may not yet."""
+        return tuple(self._draining.values())
+
+    def leaving(self) -> frozenset[DeviceId]:
+        """The devices of these agents."""
+        return frozenset(device for agent in self.draining for device in agent.devices)
+
+    def is_ready(self, device: DeviceId) -> bool:
+        """Whether a worker is ready on the device."""
+        return device in self._ready
+
+    def is_gone(self, member: Member) -> bool:
+        """Whether the member is known to have failed, or to have ended with its node."""
+        return member in self._gone
+
     def workers(self) -> dict[DeviceId, Member]:
         """The ready worker of each device that has one."""
         return dict(self._ready)
@@ -69,8 +105,9 @@ class Membership:
         return set(self._ready.values())
 
     def missing(self) -> list[DeviceId]:
-        """Devices without a ready worker that places prefer."""
-        return [device for device in self.homes.values() if device not in self._ready]
+        """Devices without a ready worker to stay that places prefer."""
+        leaving = self.leaving()
+        return [d for d in self.homes.values() if d not in self._ready or d in leaving]
 
     @property
     def rendezvous(self) -> str:

@@ -57,6 +57,16 @@ class Fence(msgspec.Struct, frozen=True, tag=True):
     waited_seconds: float
 
 
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """Controller: nothing of this node is in use any more, so its agent, which drains, may end.
+
+    Meant for the agent of that `life` alone. Key ``commands/leave/<node>``.
+    """
+
+    node: int
+    life: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Controller: the job is over. Key ``commands/stop``. `outcome` as in summary.json."""
 
@@ -141,7 +151,8 @@ class AgentRecord(msgspec.Struct, frozen=True, tag=True):
     """Agent: it is alive, and these workers are ready. Key ``agents/<node>``, under its lease.
 
     `life` counts the agents that the node has had: who returns after its record was gone begins a
-    new one, with new workers. `draining`: the node is to be empty soon; place nothing on it.
+    new one, with new workers. `draining`: the node is to be empty soon; place nothing on it. It
+    stays so for the rest of the life.
     """
 
     node: int
@@ -235,6 +246,7 @@ StoreMessage = (
     Quiesce
     | Adopt
     | Fence
+    | Leave
     | Stop
     | StopWish
     | AgentRecord

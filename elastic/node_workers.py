@@ -120,6 +120,7 @@ class NodeWorkers:
         first = (life - 1) * INCARNATIONS_PER_LIFE
         self._devices = {device: _Device(first) for device in spec.devices}
         self._faults = list(spec.faults)
+        self._retired = False
         self._liveness = Liveness(spec.health.liveness, time.monotonic())
         self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
 
@@ -175,6 +176,10 @@ class NodeWorkers:
                 state.heals_at = None
                 self._spawn(device)
 
+    def retire(self) -> None:
+        """Start no more processes; those that run go on."""
+        self._retired = True
+
     def kill_all(self) -> None:
         """End every process, without a word to the supervisor."""
         children = [process.child for process in self._running()]
@@ -194,6 +199,8 @@ class NodeWorkers:
         return [d.process for d in self._devices.values() if d.process is not None]
 
     def _spawn(self, device: DeviceId) -> None:
+        if self._retired:
+            return
         state = self._devices[device]
         state.incarnations += 1
         member = Member(device, state.incarnations)

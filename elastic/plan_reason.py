@@ -66,15 +66,15 @@ def change(
     home = {p.slot_ref for p in news if new[p].device == homes.get(p)}
     away = [p for p in news if new[p].device != homes.get(p)]
     parts = [
-        *_few(f"{_name(ref)} is vacant" for ref in lost if ref.replica not in dropped),
-        *_few(f"{_name(ref)} returned" for ref in gained if ref in home),
-        *_few(_arrival(place, new[place].device, came_from.get(new[place])) for place in away),
-        *_few(
+        *few(f"{_name(ref)} is vacant" for ref in lost if ref.replica not in dropped),
+        *few(f"{_name(ref)} returned" for ref in gained if ref in home),
+        *few(_arrival(place, new[place].device, came_from.get(new[place])) for place in away),
+        *few(
             f"replica {r} goes to TP{len(rows[r]) // stages}"
             for r in changed
             if r in rows and r in {ref.replica for ref in (*lost, *gained)}
         ),
-        *_few(f"replica {replica} is dropped" for replica in dropped),
+        *few(f"replica {replica} is dropped" for replica in dropped),
     ]
     if idle:
         parts.append("1 worker idles" if idle == 1 else f"{idle} workers idle")
@@ -87,7 +87,7 @@ def _arrival(place: Coordinate, device: DeviceId, old: Coordinate | None) -> str
     return f"{device} moves from {old} to {place}"
 
 
-def _few(parts: Iterable[str]) -> Iterator[str]:
+def few(parts: Iterable[str]) -> Iterator[str]:
     """The first few, and how many more there are."""
     every = list(parts)
     yield from every[:FEW]

@@ -13,75 +13,71 @@ and returns a Plan or, if nothing can be done, NoPlan; either carries its reason
 A slot that lacks a worker in one pipeline stage is vacated in all; its other workers are free for
 other places. What is the same as in the source's plan is taken over as it is, so the work
 of a plan is mostly that of what changed.
+
+Devices that are to be avoided (`elastic.situation`) are used if there is no plan without them, and
+the reason says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter, itemgetter
 
 from elastic.apportion import apportion
-from elastic.candidates import choose
+from elastic.candidates import Choice, choose
 from elastic.job_shape import JobShape as JobShape
 from elastic.job_shape import PlacementRules as PlacementRules
 from elastic.job_shape import home_devices as home_devices
 from elastic.messages import Quiesced
 from elastic.missing_state import missing_state
+from elastic.moves import aside, plan_moves
 from elastic.pace import Pace
 from elastic.placement import Row, Seating, roster_at_home, roster_of_survivors
 from elastic.plan import Action, NoPlan, Plan, StateSource
-from elastic.plan_reason import change, first_change
+from elastic.plan_reason import change, few, first_change
 from elastic.session import Resume, Standing, UnrecoverableStep, decide_resume
+from elastic.situation import Situation as Situation
 from elastic.throughput import planned_throughput, relative_paces
-from elastic.topology import Assignment, Coordinate, DeviceId, Member
+from elastic.topology import Assignment, DeviceId, Member
 from elastic.workload import sample_costs, split_reason
-from ntp.atoms import total_sizes
-from ntp.geometry import ParallelLayout, ReplicaLayout, SlotRef, full_layout, with_active
-from ntp.reshard_plan import NoHolder, ReshardPlan, plan_reshard
-
-
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """What is known when a plan is made.
-
-    `workers` are the ready processes by device; `answers` what those of them that were running said
-    when they stopped, and nothing of those that are gone; `history` the plans of this run by
-    generation; `homes` the device that each place prefers; `paces` how fast those replicas were
-    that have been measured; `quarantined` devices take no part, whoever runs on them; `checkpoint`
-    is the last step that can be restored.
-    """
-
-    generation: int
-    workers: Mapping[DeviceId, Member]
-    answers: Mapping[Member, Quiesced]
-    history: Mapping[int, Plan]
-    rendezvous: str
-    homes: Mapping[Coordinate, DeviceId]
-    paces: Mapping[int, Pace] = field(default_factory=dict)
-    quarantined: frozenset[DeviceId] = frozenset()
-    checkpoint: int | None = None
-
-    @property
-    def previous(self) -> Plan | None:
-        """The newest plan."""
-        return self.history[max(self.history)] if self.history else None
+from ntp.geometry import ParallelLayout, ReplicaLayout, full_layout, with_active
+from ntp.reshard_plan import NoHolder, ReshardPlan
 
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Where the state comes from: the workers of `source` but those `lost`; or no worker (None)."""
+    """Where the state comes from: the workers of `source` but those `lost`; or no worker (None).
+
+    `leaving` are places of `source` whose workers hold state that they are to hand over.
+    """
 
     kind: StateSource
     resume: Resume
     source: Plan | None = None
     lost: tuple[Assignment, ...] = ()
+    leaving: tuple[Assignment, ...] = ()
 
 
 def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
     """The next generation, or why there can be none."""
-    workers = _admitted(situation)
+    wanted = _plan_with(shape, situation)
+    if isinstance(wanted, Plan):
+        return wanted
+    for second_best in situation.less_avoided():
+        plan = _plan_with(shape, second_best)
+        if isinstance(plan, Plan):
+            placed = {member.device for _, member in plan.placement}
+            names = ", ".join(few(map(str, sorted(placed & situation.avoided))))
+            why = f"devices to be avoided take part ({names}), as otherwise {wanted.reason}"
+            return replace(plan, reason=f"{plan.reason}; {why}")
+    return wanted
+
+
+def _plan_with(shape: JobShape, situation: Situation) -> Plan | NoPlan:
+    """The next generation without the devices that are to be avoided, or why there is none."""
+    workers = situation.admitted
     if not workers:
         return NoPlan("no worker is left")
     state = _find_state(situation)
@@ -104,27 +100,44 @@ def newcomers(shape: JobShape, situation: Situation, present: Plan) -> tuple[Mem
     """The idle workers that a plan made now would place; none if it is better to go on as is.
 
     `present` is the plan that runs. Nothing is asked of `situation` but workers, homes, paces and
-    quarantine.
+    what is to be avoided.
     """
     if sum(replica.degree for replica in present.layout.replicas) == shape.tensor * shape.replicas:
         return ()
-    placed = set(map(itemgetter(1), present.placement))
-    idle = [member for member in _admitted(situation).values() if member not in placed]
-    if not idle:
-        return ()
-    roster = roster_of_survivors(shape, present.rows(), (), idle, situation.homes)
-    choice = choose(shape, roster, situation.homes, relative_paces(shape, situation.paces))
+    idle = _idle(situation, present)
+    choice = _choose_now(shape, situation, present, idle, ()) if idle else NoPlan("nobody idles")
     if isinstance(choice, NoPlan):
         return ()
     seated = {member for row in choice.seating.rows.values() for _, member in row}
     return tuple(sorted(seated.intersection(idle)))
 
 
-def _admitted(situation: Situation) -> Mapping[DeviceId, Member]:
-    """The workers that may take part."""
-    if not situation.quarantined:
-        return situation.workers
-    return {d: member for d, member in situation.workers.items() if d not in situation.quarantined}
+def still_needed(shape: JobShape, situation: Situation, present: Plan) -> str | None:
+    """Why a plan made now could not do without the leaving devices, which `present` makes use of;
+    None if it could.
+
+    Asks the same of `situation` as `newcomers`.
+    """
+    left = [each for each in present.placement if each.member.device in situation.leaving]
+    choice = _choose_now(shape, situation, present, _idle(situation, present), left)
+    return choice.reason if isinstance(choice, NoPlan) else None
+
+
+def _idle(situation: Situation, present: Plan) -> list[Member]:
+    placed = set(map(itemgetter(1), present.placement))
+    return [member for member in situation.admitted.values() if member not in placed]
+
+
+def _choose_now(
+    shape: JobShape,
+    situation: Situation,
+    present: Plan,
+    idle: Sequence[Member],
+    left: Sequence[Assignment],
+) -> Choice | NoPlan:
+    """The placement if the workers of `present` stop now, but those in `left` are not to stay."""
+    roster = roster_of_survivors(shape, present.rows(), left, idle, situation.homes)
+    return choose(shape, roster, situation.homes, relative_paces(shape, situation.paces))
 
 
 def _plan(
@@ -138,14 +151,17 @@ def _plan(
         roster = roster_at_home(shape, workers, homes)
     else:
         free = _free(workers, situation, state)
-        roster = roster_of_survivors(shape, old_rows, state.lost, free, homes)
+        roster = roster_of_survivors(shape, old_rows, state.lost + state.leaving, free, homes)
     choice = choose(shape, roster, homes, paces)
     if isinstance(choice, NoPlan):
         return choice
     layout = _layout(shape, source.layout if source else None, choice.seating)
     rows = {replica.replica: choice.seating.rows[replica.replica] for replica in layout.replicas}
     placement = tuple(chain.from_iterable(rows.values()))
-    came, donors, movers = _changes(old_rows, rows, state.lost)
+    came, donors, movers = _changes(old_rows, rows, state.lost + state.leaving)
+    moves = (ReshardPlan(()),) * shape.stages
+    if source is not None:
+        moves = plan_moves(shape, source.layout, layout, state.lost, state.leaving, movers)
     batch_split = split_batch(shape, layout, situation.paces)
     before = old_rows if previous is source else previous.rows() if previous else {}
     if previous is None:
@@ -160,7 +176,7 @@ def _plan(
         generation=situation.generation,
         action=action,
         placement=placement,
-        donors=donors,
+        donors=donors + tuple(aside(shape, each) for each in state.leaving),
         movers=movers,
         newcomers=came if source else (),
         stages=shape.stages,
@@ -168,7 +184,7 @@ def _plan(
         source_layout=source.layout if source else None,
         source_generation=source.generation if source else 0,
         kept_replicas=_kept_replicas(old_rows, before, rows, situation.answers),
-        reshard=_reshard(shape, source, layout, state.lost, movers),
+        reshard=moves,
         batch_split=batch_split,
         resume_step=state.resume.resume_step,
         apply_vote=state.resume.vote,
@@ -204,7 +220,9 @@ def _find_state(situation: Situation) -> _State | NoPlan:
     source = situation.history.get(resume.layout_generation)
     if source is None:
         return NoPlan(f"survivors hold generation {resume.layout_generation}, which has no plan")
-    return _State(StateSource.PEERS, resume, source, _lost(source, situation, empty))
+    lost = _lost(source, situation, empty)
+    leaving = _leaving(source, situation, lost)
+    return _State(StateSource.PEERS, resume, source, lost, leaving)
 
 
 def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
@@ -241,12 +259,26 @@ def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assig
     return tuple(lost)
 
 
+def _leaving(
+    source: Plan, situation: Situation, lost: Sequence[Assignment]
+) -> tuple[Assignment, ...]:
+    """The places of `source` whose worker can give what belongs there, but is not to stay."""
+    if not situation.leaving:
+        return ()
+    gone = set(lost)
+    return tuple(
+        each
+        for each in source.placement
+        if each.member.device in situation.leaving and each not in gone
+    )
+
+
 def _free(workers: Mapping[DeviceId, Member], situation: Situation, state: _State) -> list[Member]:
     """Workers that hold none of the state that is used."""
     assert state.source is not None
     placement, answers = state.source.placement, situation.answers
     free: list[Member] = []
-    if situation.quarantined or len(workers) > len(answers):
+    if situation.quarantined or situation.leaving or len(workers) > len(answers):
         free = [member for member in workers.values() if member not in answers]
     if len(answers) > len(placement) - len(state.lost):
         holding = set(map(itemgetter(1), placement)).difference(map(itemgetter(1), state.lost))
@@ -306,46 +338,6 @@ def _changes(
         tuple(each for each in left if each.member not in placed),
         tuple(each for each in left if each.member in placed),
     )
-
-
-def _reshard(
-    shape: JobShape,
-    source: Plan | None,
-    layout: ParallelLayout,
-    lost: Sequence[Assignment],
-    movers: Sequence[Assignment],
-) -> tuple[ReshardPlan, ...]:
-    """The moves of each stage.
-
-    Workers send that the plan places; if these do not hold everything, all survivors may.
-    """
-    if source is None:
-        return (ReshardPlan(()),) * shape.stages
-    everywhere = frozenset(source.layout.slots())
-    now = {replica.replica: replica for replica in layout.replicas}
-    vacated = {
-        SlotRef(old.replica, slot)
-        for old in source.layout.replicas
-        if (new := now.get(old.replica)) is not old
-        for slot in old.active
-        if new is None or slot not in new.active
-    }
-    sizes = total_sizes(shape.sizes)
-    # Stages mostly have the same holders, and then the same moves.
-    known: dict[frozenset[SlotRef], ReshardPlan] = {}
-    plans: list[ReshardPlan] = []
-    for stage in range(shape.stages):
-        gone = {place.slot_ref for place, _ in lost if place.stage == stage}
-        moving = {place.slot_ref for place, _ in movers if place.stage == stage}
-        placed = (everywhere - vacated - gone) | moving
-        if placed not in known:
-            try:
-                known[placed] = plan_reshard(source.layout, layout, placed, sizes)
-            except NoHolder:
-                plans.append(plan_reshard(source.layout, layout, everywhere - gone, sizes))
-                continue
-        plans.append(known[placed])
-    return tuple(plans)
 
 
 def _kept_replicas(

@@ -15,6 +15,7 @@ from elastic.messages import (
     Adopt,
     AgentRecord,
     Failed,
+    Leave,
     NodeAlive,
     NodeProgress,
     NodeReport,
@@ -34,8 +35,10 @@ class Recorded:
 
     `announced` is the newest announcement, if no plan answered it yet; `reports` the answers to it,
     and `heard` the nodes whose agents said that they heard it.
-    `nodes` are the agents that live, `failures` all that were reported. `committed` is the last
-    step that each worker is known to have committed. `wish`: somebody wants the job to end.
+    `nodes` are the agents that live, but those that were told that they may leave, which are
+    `dismissed`, by node and life. `failures` are all that were reported, oldest first. `committed`
+    is the last step that each worker is known to have committed. `wish`: somebody wants the job to
+    end.
     """
 
     plans: Mapping[int, Plan]
@@ -43,6 +46,7 @@ class Recorded:
     reports: tuple[NodeReport, ...]
     heard: frozenset[int]
     nodes: tuple[AgentRecord, ...]
+    dismissed: frozenset[tuple[int, int]]
     statuses: Mapping[Member, WorkerStatus]
     committed: Mapping[Member, int]
     failures: tuple[Failed, ...]
@@ -56,7 +60,7 @@ class Recorded:
         return self.announced.generation if self.announced is not None else planned
 
 
-NOTHING_RECORDED = Recorded({}, None, (), frozenset(), (), {}, {}, (), None, None)
+NOTHING_RECORDED = Recorded({}, None, (), frozenset(), (), frozenset(), {}, {}, (), None, None)
 """A job that has not begun."""
 
 
@@ -67,6 +71,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
     reports: list[NodeReport] = []
     alive: list[NodeAlive] = []
     nodes: list[AgentRecord] = []
+    dismissed: set[tuple[int, int]] = set()
     statuses: dict[Member, WorkerStatus] = {}
     failures: list[Failed] = []
     stop: Stop | None = None
@@ -83,6 +88,8 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
                 alive.append(message)
             case AgentRecord():
                 nodes.append(message)
+            case Leave(node, life):
+                dismissed.add((node, life))
             case NodeProgress():
                 statuses |= {status.member: status for status in message.statuses}
             case Failed():
@@ -103,7 +110,12 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
         announced=newest,
         reports=tuple(report for report in reports if report.generation == awaited),
         heard=frozenset(each.node for each in alive if each.generation == awaited),
-        nodes=tuple(sorted(nodes, key=lambda record: record.node)),
+        nodes=tuple(
+            record
+            for record in sorted(nodes, key=lambda record: record.node)
+            if (record.node, record.life) not in dismissed
+        ),
+        dismissed=frozenset(dismissed),
         statuses=statuses,
         committed=_committed(statuses, reports),
         failures=tuple(sorted(failures, key=lambda failed: failed.failure.at)),

@@ -90,4 +90,5 @@ def _limits(health: HealthConfig) -> Limits:
         agent_timeout_seconds=health.agent_timeout_seconds,
         max_recoveries=health.max_recoveries,
         max_fruitless_recoveries=health.max_fruitless_recoveries,
+        quarantine=health.quarantine,
     )

@@ -1,7 +1,8 @@
 """One controller or one agent as a process of its own, on any host that reaches the store.
 
 A controller is a candidate for the lead: any number of them may run. One that is asked to end (by
-SIGTERM or SIGINT) gives its lead up, and another takes over; the job goes on. To end the job itself
+SIGTERM or SIGINT) gives its lead up, and another takes over; the job goes on. An agent that is
+asked to end hands its node's work over first; asked again, it ends at once. To end the job itself
 is a wish of its own (`wish_to_stop`), which whoever leads grants.
 
 All processes of a job must run the same job. What they were started with is compared through the
@@ -15,11 +16,11 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from elastic.agent import Agent
+from elastic.agent import Agent, Departure
 from elastic.config import StoreConfig
 from elastic.effects import Finish
 from elastic.journal import Listener
@@ -60,15 +61,19 @@ async def serve_controller(
         return await _until_asked(candidate(run, store, name, listener).run())
 
 
-async def serve_agent(run: RunSpec, config: StoreConfig, node: int, host: str) -> Asked | None:
-    """Serve `node`, which others reach as `host`, until the job is over or a signal asks to end."""
+async def serve_agent(run: RunSpec, config: StoreConfig, node: int, host: str) -> Departure | Asked:
+    """Serve `node`, which others reach as `host`, until the job is over.
+
+    A signal asks to hand its work over and to leave; another one, to end at once.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     run.logs.mkdir(parents=True, exist_ok=True)
     spawner = Spawner(run.preload)
     try:
         async with open_store(config, run.logs / "etcd.log") as store:
             await _agree(store, run)
-            return await _until_asked(Agent(node_spec(run, node, host), store, spawner).run())
+            agent = Agent(node_spec(run, node, host), store, spawner)
+            return await _until_asked(agent.run(), agent.drain)
     finally:
         await asyncio.get_running_loop().run_in_executor(None, spawner.close)
 
@@ -123,12 +128,18 @@ async def _agree(store: Store, run: RunSpec) -> None:
             ) from None
 
 
-async def _until_asked(work: Coroutine[Any, Any, Result]) -> Result | Asked:
+async def _until_asked(
+    work: Coroutine[Any, Any, Result], *requests: Callable[[], None]
+) -> Result | Asked:
+    """What `work` returns. Each signal makes the next of `requests`; behind them, one ends it."""
+    left = list(requests)
     loop = asyncio.get_running_loop()
     asked: asyncio.Future[str] = loop.create_future()
 
     def ask(name: str) -> None:
-        if not asked.done():
+        if left:
+            left.pop(0)()
+        elif not asked.done():
             asked.set_result(name)
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -274,7 +274,8 @@ class Worker:
         dist.all_reduce(torch.zeros(1, device=self._device), group=self.groups.meeting)
         if donates:
             self._done(RecoveryPhase.RESUME)
-            self.leave(trainable)
+            # Its connections stay: to close one could break the barrier for those still in it.
+            self._forget(trainable)
             return False
         trainable.promote()
         self._layout_generation, self._pending_generation = plan.generation, 0
@@ -298,8 +299,11 @@ class Worker:
 
     def leave(self, trainable: Trainable) -> None:
         """Others go on without this worker: hold nothing, as a fresh process does."""
-        trainable.release()
+        self._forget(trainable)
         self.groups.close()
+
+    def _forget(self, trainable: Trainable) -> None:
+        trainable.release()
         self.plan, self.session = None, Session()
         self._layout_generation = self._pending_generation = 0
 

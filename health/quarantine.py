@@ -34,7 +34,8 @@ class _Record:
 
 
 class Quarantine:
-    """Book of failures by device. `now` is any clock that does not go back, in seconds."""
+    """Book of failures by device. `now` is any clock that does not go back, in seconds: the epoch's
+    will do, as a clock that is set back only keeps a device out for longer."""
 
     def __init__(self, policy: QuarantinePolicy) -> None:
         self._policy = policy
@@ -62,6 +63,10 @@ class Quarantine:
         """Whether a plan may use the device."""
         release_at = self.release_at(device)
         return release_at is None or now >= release_at
+
+    def held(self, now: float) -> frozenset[DeviceId]:
+        """The devices that no plan may use."""
+        return frozenset(device for device in self._records if not self.allowed(device, now))
 
     def release_at(self, device: DeviceId) -> float | None:
         """When the device's newest quarantine ends or ended; None if it had none."""

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -20,6 +21,9 @@ from trainer.config import RunConfig
 from trainer.data import load_corpus
 from trainer.entry import Payload, worker_main
 from trainer.job import job_shape
+
+if TYPE_CHECKING:
+    from elastic.agent import Departure
 
 PASSWORD = "EVERSTEP_STORE_PASSWORD"
 """Environment variable in which the launcher passes a password of the configuration on."""
@@ -72,16 +76,19 @@ def start_parts(run: RunSpec, config: RunConfig, faults: Path | None, listener: 
     def make_parts(endpoints: tuple[str, ...]) -> list[Part]:
         where = ["--set", f"store.endpoints=[{', '.join(endpoints)}]"]
 
-        def part(name: str, command: str, *arguments: str) -> Part:
-            line = (sys.executable, "-m", "trainer.main", command, *shared, *where, *arguments)
-            return Part(name, line)
+        def line(command: str, *arguments: str) -> tuple[str, ...]:
+            return (sys.executable, "-m", "trainer.main", command, *shared, *where, *arguments)
 
         names = [f"controller{number}" for number in range(config.store.controllers)]
         nodes = sorted({device.node for device in run.devices})
         return [
-            *(part(name, "controller", "--name", name) for name in names),
+            *(Part(name, line("controller", "--name", name)) for name in names),
             *(
-                part(f"agent{node}", "agent", "--node", str(node), "--host", LOOPBACK)
+                Part(
+                    f"agent{node}",
+                    line("agent", "--node", str(node), "--host", LOOPBACK),
+                    may_leave=True,
+                )
                 for node in nodes
             ),
         ]
@@ -106,8 +113,12 @@ def run_controller(
 
 def run_agent(
     config: RunConfig, faults: tuple[Fault, ...], run_dir: Path, node: int, host: str | None
-) -> None:
-    """Serve a node until the job is over. Raises ValueError for a node that the job lacks."""
+) -> Departure | None:
+    """Serve a node until the job is over or its work is handed over; None if asked to end at once.
+
+    Raises ValueError for a node that the job lacks.
+    """
+    from elastic.agent import Departure
     from elastic.serve import address_towards, serve_agent
 
     _live_with_parent()
@@ -117,9 +128,9 @@ def run_agent(
             f"--node {node}: the job has cluster.nodes = {config.cluster.nodes}, numbered from 0"
         )
     run = run_spec(config, faults, run_dir)
-    asyncio.run(
-        serve_agent(run, config.store, node, host or address_towards(config.store.endpoints[0]))
-    )
+    own = host or address_towards(config.store.endpoints[0])
+    ended = asyncio.run(serve_agent(run, config.store, node, own))
+    return ended if isinstance(ended, Departure) else None
 
 
 def ask_to_stop(config: RunConfig) -> None:

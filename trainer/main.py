@@ -3,6 +3,8 @@
 Exit codes of ``run`` and ``demo``: 0 completed, 2 refused (configuration, faults file, run
 directory), 3 halted, 4 failed, 130 interrupted; ``demo`` exits with 1 if the failure changed the
 job. ``compare``: 0 equal, 1 different, 2 refused. ``plan``: 0, 2 refused, 3 the job would halt.
+``agent``: 0 the job is over or the node's work was handed over, 1 the agent left before that, 2
+refused.
 
 Commands import what they need when they run, so that ``--help`` stays quick; nothing on this side
 ever loads torch.
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {"completed": 0, "halted": 3, "failed": 4, "interrupted": 130}
 DIFFERENT = 1
+UNDRAINED = 1
 REFUSED = 2
 PLAIN_WIDTH = 120
 """Columns of tables that go into a file or a pipe."""
@@ -173,15 +176,22 @@ def agent(
 ) -> None:
     """Run the workers of one node, until the job is over. Start one on every node.
 
-    Needs store.endpoints. Exit codes: 0, 2 refused.
+    Needs store.endpoints. SIGTERM and SIGINT ask it to leave: the step in flight is finished and
+    the node's work handed over, for which others have health.drain_timeout_seconds; a second signal
+    ends it at once. Exit codes: 0 the job is over or the work was handed over, 1 it was not, 2
+    refused.
     """
+    from elastic.agent import Departure
     from trainer.hosted import run_agent
 
     loaded, injected = _load(config, overrides or [], faults)
     try:
-        run_agent(loaded, injected, run_dir, node, host)
+        departure = run_agent(loaded, injected, run_dir, node, host)
     except (ValueError, RuntimeError, OSError) as error:
         _refuse(str(error))
+    typer.echo(f"node{node} left: {departure or 'it was told to end at once'}")
+    if departure not in (Departure.JOB_OVER, Departure.DRAINED):
+        raise typer.Exit(UNDRAINED)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from sim_agent import SimAgent
+from sim_agent import DRAIN_SECONDS, SimAgent
 from sim_candidate import Candidate
 from sim_worker import SimWorker
 from strikes import Kind, Strike, new_strikes
@@ -56,6 +56,8 @@ class Luck:
         strike.done = True
         world, seconds = self._world, strike.seconds
         self.struck_at = self._clock.now + seconds
+        if strike.kind is not Kind.DRAIN:
+            world.oracle.avoidance.is_calm = False
         match strike.kind:
             case Kind.KILL | Kind.HANG | Kind.FALSE_ALARM | Kind.FLAP | Kind.CUT:
                 self._strike_workers(strike, at)
@@ -63,6 +65,8 @@ class Luck:
                 self._partition(seconds)
             case Kind.AGENT_KILL | Kind.AGENT_STOP | Kind.AGENT_CUT | Kind.NODE_CUT:
                 self._strike_agent(strike, at)
+            case Kind.DRAIN:
+                self._drain(at, seconds)
             case Kind.LEADER_KILL | Kind.LEADER_STOP | Kind.LEADER_CUT:
                 leaders = [each for each in world.candidates if each.term is not None]
                 for leader in leaders:
@@ -154,6 +158,20 @@ class Luck:
         world.network.cut(here, there, seconds)
         if rng.random() < 0.5:
             world.network.cut(there, here, seconds)
+
+    def _drain(self, at: SimWorker | None, seconds: float) -> None:
+        world, rng = self._world, self._clock.rng
+        agents = [a for a in world.agents.values() if not a.process.dead and not a.leaving]
+        if not agents or (len(world.agents) == 1 and rng.random() < 0.9):
+            return
+        agent = rng.choice(agents)
+        here = world.agents[at.member.device.node] if at is not None else agent
+        if here in agents and rng.random() < 0.6:
+            agent = here
+        returns = rng.random() < 0.8
+        self._clock.tell("agent %d is to leave, %s", agent.node, seconds if returns else "for ever")
+        self.struck_at += DRAIN_SECONDS
+        agent.process.call(agent.drain, seconds if returns else None)
 
     def _strike_agent(self, strike: Strike, at: SimWorker | None) -> None:
         world, rng, seconds = self._world, self._clock.rng, strike.seconds

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pieces
+from avoidance import Avoidance
 from clock import Clock
 from pieces import REPLICATED, Piece, mix
 from sim_process import Process
@@ -25,6 +26,7 @@ from elastic.messages import (
     AgentRecord,
     Failed,
     Fence,
+    Leave,
     NodeReport,
     Quiesce,
     Stop,
@@ -50,6 +52,7 @@ class Oracle:
         self.calm_at = 0.0
         self.plans: dict[int, Plan] = {}
         self.journaled: set[str] = set()
+        self.avoidance = Avoidance(clock, shape)
         self._clock = clock
         self._shape = shape
         self._pieces: list[Piece] = [REPLICATED]
@@ -79,10 +82,11 @@ class Oracle:
     def observe(self, process: Process, told: Told, before: Any) -> None:
         """A write to the store, by whom and instead of what."""
         value, check = told.value, self._clock.check
+        self.avoidance.observe(told, before)
         if told.key == leader_key(JOB):
             self._leader = value
             return
-        if isinstance(value, Quiesce | Adopt | Fence | Stop):
+        if isinstance(value, Quiesce | Adopt | Fence | Leave | Stop):
             check(process.name == self._leader, f"{process.name} wrote {told.key}, not leading")
         match value:
             case None:
@@ -119,13 +123,14 @@ class Oracle:
 
     # What a leader decides, knowing the store up to revision `seen`.
 
-    def planned(self, plan: Plan, seen: int) -> None:
+    def planned(self, leader: Process, plan: Plan, seen: int) -> None:
         """A leader is about to publish a plan."""
+        self.avoidance.planned(leader.name, plan, seen)
         gone = {m for known in (self._failed, self._lost) for m, at in known.items() if at <= seen}
         placed = {assignment.member for assignment in plan.participants}
         self._clock.check(not placed & gone, f"failed {_names(placed & gone)} are placed")
 
-    def commands(self, message: Quiesce | Fence | Stop, seen: int) -> None:
+    def commands(self, message: Quiesce | Fence | Leave | Stop, seen: int) -> None:
         """A leader is about to give an order."""
         if isinstance(message, Fence):
             answered = self._answered.get((self._announced, message.member))
@@ -136,6 +141,7 @@ class Oracle:
 
     def noted(self, process: Process, note: Note) -> None:
         """A process writes to the journal. Who leads no more may not know it yet."""
+        self.avoidance.noted(process.name, note)
         if note.event == "failure" and process.name == self._leader:
             self.journaled.add(note.fields["id"])
 

@@ -21,6 +21,7 @@ from elastic.messages import (
     AgentRecord,
     Failed,
     Fence,
+    Leave,
     NodeAlive,
     NodeProgress,
     NodeReport,
@@ -43,6 +44,8 @@ JOB = "job"
 COMMANDS = f"{job_prefix(JOB)}commands/"
 PLANS = f"{job_prefix(JOB)}plan/"
 LEASE_SECONDS = 3.0
+DRAIN_SECONDS = 20.0
+"""How long an agent that is to leave waits for the others."""
 INCARNATIONS_PER_LIFE = 1_000_000
 """As in `elastic.node_workers`, whose numbers tell the life of a worker's agent."""
 
@@ -55,6 +58,8 @@ class SimAgent:
         self.node = node
         self.devices = devices
         self.life: Life | None = None
+        self.leaving = False
+        self._returns_after: float | None = None
         self.process = Process(world.clock, f"agent {node}")
         self.process.dead = True
         self._mourners: list[Callable[[], None]] = []
@@ -68,6 +73,7 @@ class SimAgent:
     def kill(self) -> None:
         """The agent dies, and its workers with it."""
         self.process.dead = True
+        self.leaving = False
         self.world.store.falter(self.process)
         for worker in self.workers():
             self.world.end_process(worker)
@@ -86,6 +92,12 @@ class SimAgent:
         for mourn in mourners:
             mourn()
 
+    def drain(self, returns_after: float | None) -> None:
+        """The agent is to leave, and another is started so long after it, or none."""
+        self.leaving, self._returns_after = True, returns_after
+        if self.life is not None and self.life.is_registered:
+            self.life.drain()
+
     def workers(self) -> list[SimWorker]:
         """The node's worker processes."""
         return list(self.life.processes.values()) if self.life is not None else []
@@ -96,11 +108,15 @@ class SimAgent:
 
     def _run(self) -> Generator[Wait, Any, None]:
         over = False
-        while not over:
+        while not over and not self.leaving:
             self.life = Life(self.world, self)
             over = yield from self.life.run()
             self.world.clock.tell("agent %d ends its life %d", self.node, self.life.number)
             self._end_life()
+        if not over:
+            self.kill()
+            if self._returns_after is not None:
+                self.world.clock.after(self._returns_after, self.start)
 
 
 class Life:
@@ -108,6 +124,8 @@ class Life:
 
     def __init__(self, world: World, agent: SimAgent) -> None:
         self.number = 0
+        self.is_registered = False
+        self._draining = False
         self.processes: dict[DeviceId, SimWorker] = {}
         self.ready: set[Member] = set()
         self._world = world
@@ -147,6 +165,9 @@ class Life:
                 for prefix in (COMMANDS, PLANS, own)
             ]
             writing.start()
+            self.is_registered = True
+            if self.agent.leaving:
+                self.drain()
             self.begin()
             over: bool = yield self._ended.wait
         except LeaseLost:
@@ -183,6 +204,8 @@ class Life:
                 self._pass_plans_on()
             case Fence() as fence:
                 self._fence(fence)
+            case Leave(self.agent.node, self.number):
+                self.leave()
             case Stop():
                 self._ended.decide(True)
 
@@ -257,7 +280,7 @@ class Life:
                         self._outbox.put(None)
 
     def _spawn(self, device: DeviceId) -> None:
-        if self._ended.is_decided or device in self.processes:
+        if self._ended.is_decided or self._draining or device in self.processes:
             return
         self._incarnations[device] += 1
         number = (self.number - 1) * INCARNATIONS_PER_LIFE + self._incarnations[device]
@@ -266,6 +289,22 @@ class Life:
         self._world.oracle.exists(worker)
         self._world.clock.tell("%s starts", worker.member)
         self._world.clock.after(0.5 + 2.0 * self._world.clock.rng.random(), worker.start)
+
+    def drain(self) -> None:
+        """Say that this node is to be left, and leave unasked if nobody answers in time."""
+        self._draining = True
+        self.changed()
+        self._process.after(DRAIN_SECONDS, self._leave_anyway)
+
+    def _leave_anyway(self) -> None:
+        if not self._ended.is_decided:
+            self._world.clock.tell("agent %d leaves unasked", self.agent.node)
+            self._world.oracle.avoidance.is_calm = False
+            self.leave()
+
+    def leave(self) -> None:
+        """The node is left."""
+        self._ended.decide(False)
 
     def begin(self) -> None:
         """Start a process on every device."""
@@ -315,9 +354,8 @@ class Life:
     def _record(self) -> AgentRecord:
         ready = tuple(w.member for w in self.processes.values() if w.member in self.ready)
         node = self.agent.node
-        return AgentRecord(
-            node, self.number, self.agent.devices, ready, rendezvous_of(node, self.number)
-        )
+        rendezvous = rendezvous_of(node, self.number)
+        return AgentRecord(node, self.number, self.agent.devices, ready, rendezvous, self._draining)
 
     def _answer_if_complete(self) -> None:
         if self._answering and not self._awaited:

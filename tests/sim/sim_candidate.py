@@ -39,6 +39,7 @@ from elastic.messages import (
 )
 from elastic.recorded import read_messages
 from elastic.store import Guard, GuardFailed, LeaseLost
+from health.policy import QuarantinePolicy
 
 if TYPE_CHECKING:
     from world import World
@@ -56,6 +57,7 @@ LIMITS = Limits(
     agent_timeout_seconds=1.0,
     max_recoveries=200,
     max_fruitless_recoveries=50,
+    quarantine=QuarantinePolicy(20.0, 5.0, 20.0),
 )
 Reported = AgentRecord | Failed | NodeAlive | NodeReport | NodeProgress
 
@@ -187,7 +189,7 @@ class Term:
         for effect in effects:
             match effect:
                 case Send(Adopt() as adopt):
-                    world.oracle.planned(adopt.plan, self.seen)
+                    world.oracle.planned(process, adopt.plan, self.seen)
                     yield store.create(process, key_of(JOB, adopt), adopt, guard=guard)
                 case Send(message):
                     world.oracle.commands(message, self.seen)

@@ -219,7 +219,7 @@ class SimWorker:
         yield self.groups.meeting.join(self.member)
         if donates:
             self._done(RecoveryPhase.RESUME)
-            self.leave()
+            self._forget()
             return
         self._promote()
         self.layout_generation, self.pending_generation = plan.generation, 0
@@ -272,7 +272,10 @@ class SimWorker:
 
     def leave(self) -> None:
         """Others go on without this worker (`Worker.leave`)."""
+        self._forget()
         self.groups.close()
+
+    def _forget(self) -> None:
         self.values, self.pending = {}, None
         self.plan, self.session = None, Session()
         self.layout_generation = self.pending_generation = 0

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     AGENT_STOP = "stop an agent"
     AGENT_CUT = "cut an agent off from the store"
     NODE_CUT = "cut a node off from all others and the store"
+    DRAIN = "ask an agent to leave"
     LEADER_KILL = "kill the leader"
     LEADER_STOP = "stop the leader"
     LEADER_CUT = "cut the leader off from the store"
@@ -76,8 +77,11 @@ class Strike:
 
 def new_strikes(rng: Random, steps: int) -> list[Strike]:
     """Random strikes on a job of so many steps."""
+    if rng.random() < 0.05:
+        # Nobody fails: nothing may be redone.
+        return [_new_strike(rng, steps, Kind.DRAIN) for _ in range(rng.randint(1, 3))]
     # Many stories are about workers and leaders alone: there nothing excuses a slow recovery.
-    kinds = _WORKERS + _LEADER + (2 * _REST if rng.random() < 0.6 else ())
+    kinds = _WORKERS + _LEADER + (Kind.DRAIN,) * 2 + (2 * _REST if rng.random() < 0.6 else ())
     strikes = [_new_strike(rng, steps, rng.choice(kinds)) for _ in range(rng.randint(1, 5))]
     if rng.random() < 0.5:
         # The leader is lost in the middle of what it does about something.

@@ -16,10 +16,11 @@ from sim_store import SimStore
 from sim_worker import SimWorker
 from world import World
 
-from elastic import degrees, placement, planner
+from elastic import degrees, moves, placement, planner
 from elastic.adoption import Adoption
 from elastic.controller import Controller
 from elastic.effects import Effect, Phase
+from elastic.job import Job
 from elastic.membership import Membership
 from elastic.messages import StoreMessage
 from elastic.plan import Plan
@@ -82,17 +83,17 @@ def test_pieces_that_are_swapped_are_found(monkeypatch: pytest.MonkeyPatch) -> N
 
     def swapped(*arguments: Any) -> ReshardPlan:
         """Two moves of one axis exchange their atoms."""
-        moves = list(plan_reshard(*arguments).moves)
-        for first, one in enumerate(moves):
-            for second in range(first + 1, len(moves)):
-                other = moves[second]
+        found = list(plan_reshard(*arguments).moves)
+        for first, one in enumerate(found):
+            for second in range(first + 1, len(found)):
+                other = found[second]
                 if one.axis is other.axis and one.atoms != other.atoms:
-                    moves[first] = replace(one, atoms=other.atoms)
-                    moves[second] = replace(other, atoms=one.atoms)
-                    return ReshardPlan(tuple(sorted(moves, key=order)))
-        return ReshardPlan(tuple(moves))
+                    found[first] = replace(one, atoms=other.atoms)
+                    found[second] = replace(other, atoms=one.atoms)
+                    return ReshardPlan(tuple(sorted(found, key=order)))
+        return ReshardPlan(tuple(found))
 
-    monkeypatch.setattr(planner, "plan_reshard", swapped)
+    monkeypatch.setattr(moves, "plan_reshard", swapped)
     found = first_violation()[0]
     assert any(
         words in found
@@ -123,12 +124,12 @@ def test_a_tensor_group_kept_behind_the_vote_alone_is_found(
 
 
 def test_a_fresh_worker_that_counts_as_a_survivor_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    reshard = planner._reshard
+    def nobody_lost(
+        shape: Any, source: Any, layout: Any, lost: Any, leaving: Any, movers: Any
+    ) -> Any:
+        return moves.plan_moves(shape, source, layout, (), leaving, movers)
 
-    def nobody_lost(shape: Any, source: Any, layout: Any, lost: Any, movers: Any) -> Any:
-        return reshard(shape, source, layout, (), movers)
-
-    monkeypatch.setattr(planner, "_reshard", nobody_lost)
+    monkeypatch.setattr(planner, "plan_moves", nobody_lost)
     found = first_violation()[0]
     assert "to send" in found or "too much or too little" in found
 
@@ -240,6 +241,39 @@ def test_an_agent_that_takes_its_old_workers_up_again_is_found(
     monkeypatch.setattr(Life, "begin", take_up)
     found = first_violation()[0]
     assert "are placed" in found
+
+
+def test_an_agent_that_leaves_before_it_handed_over_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Life, "drain", Life.leave)
+    assert first_violation()[0].startswith("a drain alone")
+
+
+def test_a_node_that_may_leave_while_it_hands_over_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dismiss = Job.dismiss
+
+    def without_donors(job: Job) -> list[Effect]:
+        placed = job.placed()
+        with monkeypatch.context() as patch:
+            patch.setattr(Job, "involved", lambda job: placed)
+            return dismiss(job)
+
+    monkeypatch.setattr(Job, "dismiss", without_donors)
+    assert first_violation()[0].startswith("a drain alone")
+
+
+def test_a_draining_node_that_is_used_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Membership, "leaving", lambda membership: frozenset())
+    found = first_violation()[0]
+    assert "which were to be avoided" in found or found.startswith("a drain alone")
+
+
+def test_a_quarantined_device_that_is_used_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "_kept_out", lambda job, now: frozenset())
+    assert "which were to be avoided" in first_violation()[0]
 
 
 def test_a_violation_tells_its_story_and_how_to_rerun_it(monkeypatch: pytest.MonkeyPatch) -> None:

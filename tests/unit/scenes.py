@@ -28,6 +28,7 @@ from elastic.messages import (
     ConnectionLost,
     Failed,
     Fence,
+    Leave,
     NodeAlive,
     NodeProgress,
     NodeReport,
@@ -47,6 +48,7 @@ from elastic.topology import DeviceId, Member
 from elastic.worker_status import fresh_status, summed_up
 from health.classify import ProcessExited, StoppedAnswering, classify
 from health.events import FailureEvent
+from health.policy import QuarantinePolicy
 from ntp.atoms import AtomCounts, AtomSizes
 from ntp.geometry import SlotRef
 
@@ -58,6 +60,7 @@ LIMITS = Limits(
     agent_timeout_seconds=0.5,
     max_recoveries=5,
     max_fruitless_recoveries=4,
+    quarantine=QuarantinePolicy(100.0, 20.0, 60.0),
 )
 VOTE = (8.0, 0.0)
 SILENT_FIELDS = {"digest", "slots", "quiesced_at", "done_at", "moved_elements", "detected_at", "id"}
@@ -128,6 +131,7 @@ class Stage:
         self.now = 0.0
         self._ready = {device: Member(device, 1) for device in self.devices}
         self._lives = dict.fromkeys((device.node for device in self.devices), 1)
+        self._draining: set[int] = set()
 
     def member(self, node: int, index: int, incarnation: int = 1) -> Member:
         return Member(DeviceId(node, index), incarnation)
@@ -197,10 +201,15 @@ class Stage:
     def ready(self, node: int) -> list[Effect]:
         members = tuple(m for device, m in sorted(self._ready.items()) if device.node == node)
         devices = tuple(device for device in self.devices if device.node == node)
+        draining = node in self._draining
         return self.handle(
-            f"node{node} has ready: {listed(members)}",
-            AgentRecord(node, self._lives[node], devices, members, f"node{node}:7"),
+            f"node{node} {'drains, ' * draining}has ready: {listed(members)}",
+            AgentRecord(node, self._lives[node], devices, members, f"node{node}:7", draining),
         )
+
+    def drains(self, node: int) -> list[Effect]:
+        self._draining.add(node)
+        return self.ready(node)
 
     def returns(self, node: int, index: int, incarnation: int) -> list[Effect]:
         self._ready[DeviceId(node, index)] = self.member(node, index, incarnation)
@@ -249,7 +258,7 @@ class Stage:
         for phase in phases or (RecoveryPhase.REBUILD, RecoveryPhase.RESHARD, RecoveryPhase.RESUME):
             notes = tuple(
                 PhaseDone(self.controller.generation, member, phase, self.now)
-                for member in self.placed
+                for _, member in self.plan.participants
             )
             self.handle(f"all finish {phase}", NodeProgress(0, notes))
 
@@ -281,6 +290,7 @@ class Stage:
 
     def node_returns(self, node: int, incarnation: int) -> list[Effect]:
         self._lives[node] += 1
+        self._draining.discard(node)
         for device in self.devices:
             if device.node == node:
                 self._ready[device] = Member(device, incarnation)
@@ -330,6 +340,8 @@ def effect_text(effect: Effect) -> str:
             return f"send plan {plan.generation} to {listed(a.member for a in plan.placement)}"
         case Send(Fence(member, asked_to, waited)):
             return f"send fence {member}: did not {asked_to} in {waited:g} s"
+        case Send(Leave(node, life)):
+            return f"send leave to node{node} in its life {life}"
         case Send(Stop(reason, outcome)):
             return f"send stop, {outcome}: {reason}"
         case ForgetNode(node):

@@ -12,14 +12,15 @@ from typing import Any
 
 import msgspec
 
-from elastic.agent import Agent
+from elastic.agent import Agent, Departure
 from elastic.config import HealthConfig
-from elastic.keys import decode, encode, job_prefix, key_of
+from elastic.keys import agent_key, decode, encode, job_prefix, key_of
 from elastic.memory_store import MemoryStore
 from elastic.messages import (
     AgentRecord,
     Failed,
     Fence,
+    Leave,
     NodeReport,
     Quiesce,
     Quiesced,
@@ -78,7 +79,7 @@ class Spawner:
 class Node:
     """The agent of a node with two devices, and what it writes."""
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, drain_timeout_seconds: float) -> None:
         self.store = MemoryStore()
         self.spawner = Spawner()
         self.devices = (DeviceId(0, 0), DeviceId(0, 1))
@@ -88,7 +89,7 @@ class Node:
             node=0,
             host="localhost",
             devices=self.devices,
-            health=HealthConfig(),
+            health=HealthConfig(drain_timeout_seconds=drain_timeout_seconds),
             faults=(),
             logs=logs,
             worker_main=lambda connection, spec: None,
@@ -96,6 +97,7 @@ class Node:
             started_at=0.0,
         )
         self.agent = Agent(spec, self.store, self.spawner)  # type: ignore[arg-type]
+        self.serving: asyncio.Task[Departure] | None = None
 
     async def command(self, message: StoreMessage) -> None:
         await self.store.put(key_of("job", message), encode(message))
@@ -122,18 +124,24 @@ class Node:
         line.recv_bytes()
 
 
-def with_node(tmp_path: Path, story: Callable[[Node], Awaitable[None]]) -> None:
-    async def main() -> None:
-        node = Node(tmp_path)
-        serving = asyncio.create_task(node.agent.run())
+def with_node(
+    tmp_path: Path,
+    story: Callable[[Node], Awaitable[None]],
+    *,
+    drain_timeout_seconds: float = 60.0,
+) -> Departure:
+    async def main() -> Departure:
+        node = Node(tmp_path, drain_timeout_seconds)
+        serving = node.serving = asyncio.create_task(node.agent.run())
         try:
             await node.written(lambda m: isinstance(m, AgentRecord) and len(m.ready) == 2)
             await story(node)
         finally:
             await node.command(Stop("over", "completed"))
-            await serving
+            departure = await serving
+        return departure
 
-    asyncio.run(main())
+    return asyncio.run(main())
 
 
 def answer(member: Member) -> Quiesced:
@@ -187,3 +195,70 @@ def test_a_fence_strikes_the_silent_worker_and_lets_its_neighbour_s_answer_throu
         assert alive.exitcode is None and node.spawner.workers[answered] is alive
 
     with_node(tmp_path, story)
+
+
+async def drained(node: Node) -> None:
+    """The agent is asked to leave, and says so."""
+    node.agent.drain()
+    record = await node.written(lambda m: isinstance(m, AgentRecord) and m.draining)
+    assert len(record.ready) == 2
+
+
+async def gone(node: Node) -> None:
+    """The agent's record is gone."""
+
+    async def no_record() -> None:
+        async for change in node._written:
+            if change.value is None and change.key == agent_key("job", 0):
+                return
+
+    await asyncio.wait_for(no_record(), PATIENCE_SECONDS)
+
+
+def test_a_draining_agent_leaves_when_it_may_and_its_workers_end_with_it(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        await drained(node)
+        alive = [node.spawner.workers[device] for device in node.devices]
+        await node.command(Leave(0, 2))
+        await node.command(Quiesce(2, False, (), "node0 drains"))
+        for worker in alive:
+            # Who is meant is another life of this node's agent: this one goes on.
+            await node.told(worker.spec.member.device)
+            assert worker.exitcode is None
+        await node.command(Leave(0, 1))
+        await gone(node)
+        assert all(worker.exitcode is not None for worker in alive)
+
+    assert with_node(tmp_path, story) is Departure.DRAINED
+
+
+def test_a_draining_agent_starts_no_more_processes(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        await drained(node)
+        first = node.spawner.workers[node.devices[0]]
+        first.kill()
+        await node.written(lambda m: isinstance(m, AgentRecord) and len(m.ready) == 1)
+        assert node.spawner.workers[node.devices[0]] is first
+        await node.command(Leave(0, 1))
+        await gone(node)
+
+    with_node(tmp_path, story)
+
+
+def test_an_agent_that_is_not_let_go_leaves_when_its_time_is_over(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        await drained(node)
+        await gone(node)
+
+    departure = with_node(tmp_path, story, drain_timeout_seconds=0.05)
+    assert departure is Departure.UNDRAINED
+
+
+def test_a_draining_agent_that_is_given_up_begins_no_new_life(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        await drained(node)
+        await node.store.delete(agent_key("job", 0))
+        assert node.serving is not None
+        await asyncio.wait_for(asyncio.shield(node.serving), PATIENCE_SECONDS)
+
+    assert with_node(tmp_path, story) is Departure.UNDRAINED

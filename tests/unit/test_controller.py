@@ -33,6 +33,7 @@ from elastic.messages import (
     ConnectionLost,
     Failed,
     Fence,
+    Leave,
     NodeAlive,
     NodeProgress,
     NodeReport,
@@ -356,6 +357,103 @@ def store_outage_while_quiescing() -> Stage:
     return stage
 
 
+def node_that_drains_and_returns() -> Stage:
+    stage = running()
+    stage.steps(0)
+    stage.drains(1)
+    assert Send(Quiesce(2, False, (), "node1 drains: stop after the step in flight")) in (
+        stage.effects
+    )
+    stage.answers({m: committed(1) for m in stage.placed})
+    assert stage.plan.resume_step == 2 and not stage.plan.redone
+    assert {m for _, m in stage.plan.donors} == {stage.member(1, 0), stage.member(1, 1)}
+    stage.phases()
+    assert Send(Leave(1, 1)) in stage.effects
+    stage.steps(2)
+    stage.node_lost(1)
+    assert stage.effects == []
+    stage.node_returns(1, 11)
+    newcomers: dict[Member, Session | None] = {stage.member(1, index, 11): None for index in (0, 1)}
+    stage.answers({m: committed(3) for m in stage.placed} | newcomers)
+    assert stage.plan.degrees() == ((2,), (2,))
+    stage.phases()
+    assert Send(Leave(1, 1)) not in stage.effects
+    return stage
+
+
+def worker_lost_while_the_node_with_its_copy_drains() -> Stage:
+    stage = running()
+    stage.drains(1)
+    lost = stage.member(0, 0)
+    stage.failed(lost)
+    stage.answers({m: committed(3) for m in stage.placed if m != lost})
+    # Nobody else holds what was lost: node 1 gives it before it goes.
+    assert stage.plan.degrees() == ((1,),) and stage.plan.donors
+    assert stage.plan.reshard[0].moves
+    stage.phases()
+    assert Send(Leave(1, 1)) in stage.effects
+    return stage
+
+
+def draining_node_that_is_lost() -> Stage:
+    stage = running()
+    stage.drains(1)
+    stage.node_lost(1)
+    stage.answers({m: prepared(0) for m in stage.placed if m.device.node == 0})
+    assert stage.plan.action is Action.DROP_REPLICA and stage.plan.redone
+    assert stage.plan.donors == ()
+    return stage
+
+
+def drain_that_waits_for_others() -> Stage:
+    stage = running()
+    stage.node_lost(0)
+    stage.answers({m: committed(3) for m in stage.placed if m.device.node == 1})
+    stage.phases()
+    stage.drains(1)
+    assert stage.controller.phase is Phase.RUNNING and len(stage.effects) == 1
+    stage.node_returns(0, 11)
+    newcomers: dict[Member, Session | None] = {stage.member(0, index, 11): None for index in (0, 1)}
+    stage.answers({m: committed(4) for m in stage.placed} | newcomers)
+    assert {m.device.node for m in stage.placed} == {0} and not stage.plan.redone
+    stage.phases()
+    assert Send(Leave(1, 1)) in stage.effects
+    return stage
+
+
+def node_that_drains_before_the_start() -> Stage:
+    stage = Stage(job_shape())
+    stage.ready(0)
+    stage.drains(1)
+    assert Send(Leave(1, 1)) in stage.effects and stage.controller.plan is None
+    stage.node_lost(1)
+    stage.node_returns(1, 11)
+    assert stage.plan.degrees() == ((2,), (2,))
+    return stage
+
+
+def device_that_flaps() -> Stage:
+    stage = running()
+    for incarnation in (1, 2):
+        lost = stage.member(0, 1, incarnation)
+        stage.failed(lost)
+        stage.answers({m: committed(incarnation) for m in stage.placed if m != lost})
+        stage.phases()
+        stage.now += 1
+        stage.returns(0, 1, incarnation + 1)
+        if incarnation == 1:
+            back = stage.member(0, 1, 2)
+            stage.answers({m: committed(1) for m in stage.placed} | {back: None})
+            stage.phases()
+    # It is ready, and kept out.
+    assert stage.controller.phase is Phase.RUNNING and stage.effects == []
+    stage.wait(18.0)
+    assert stage.effects == []
+    stage.wait(2.0)
+    assert stage.controller.phase is Phase.QUIESCING
+    return stage
+
+
 SCENARIOS = (
     start,
     kill_and_return,
@@ -376,6 +474,12 @@ SCENARIOS = (
     silent_agent,
     agent_gone_and_back,
     store_outage_while_quiescing,
+    node_that_drains_and_returns,
+    worker_lost_while_the_node_with_its_copy_drains,
+    draining_node_that_is_lost,
+    drain_that_waits_for_others,
+    node_that_drains_before_the_start,
+    device_that_flaps,
 )
 
 

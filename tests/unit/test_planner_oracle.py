@@ -218,6 +218,9 @@ def test_what_holds_for_every_plan(case: Case, data: st.DataObject) -> None:
     plan = case.after.with_settings(quarantined=quarantined).next_plan()
     if not isinstance(plan, Plan):
         return
+    if "to be avoided take part" in plan.reason:
+        assert not isinstance(case.after.without(quarantined).next_plan(), Plan)
+        quarantined = frozenset()
     # That placement fills the layout, that no worker is placed twice and who leaves leaves a vacant
     # place is what a plan checks itself.
     alive = set(case.after.workers.values())
@@ -285,3 +288,63 @@ def elements(case: Case, layout: ParallelLayout, place: Coordinate) -> int:
     shards, sizes = layout.replica(place.replica).shards, case.after.shape.sizes[place.stage]
     own = sum(sizes.of(a.axis) * sum(map(len, a.owned[place.slot])) for a in shards.axes)
     return own + sizes.replicated
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.booleans().flatmap(lambda across: cases(across=across)), st.data())
+def test_leaving_workers_hand_over_what_they_hold_and_get_no_place(
+    case: Case, data: st.DataObject
+) -> None:
+    leaving = frozenset(data.draw(st.sets(st.sampled_from(case.before.devices), max_size=6)))
+    plan = case.after.with_settings(leaving=leaving).next_plan()
+    assert isinstance(plan, Plan) == isinstance(case.after.next_plan(), Plan)
+    if not isinstance(plan, Plan):
+        return
+    shape = case.after.shape
+    staying = [member for device, member in case.after.workers.items() if device not in leaving]
+    if leaving & {member.device for _, member in plan.placement}:
+        assert len(staying) < shape.stages or not shape.rules.tensor_across_nodes
+        assert "to be avoided take part" in plan.reason
+        return
+    handing_over = {p: m for p, m in holders(case).items() if m.device in leaving}
+    if plan.source_layout is not None:
+        assert handing_over.items() <= {
+            (place._replace(replica=place.replica % shape.replicas), member)
+            for place, member in plan.donors
+        }
+        check_moves(case, plan)
+
+
+def check_moves(case: Case, plan: Plan) -> None:
+    """Everybody sends what it holds, and ends with all that its place has."""
+    held = {m: pieces(case, case.before.plan.layout, p) for p, m in holders(case).items()}
+    by_rank = [member for _, member in plan.participants]
+    for stage in range(plan.stages):
+        ranks = plan.meeting_ranks(stage)
+        got: dict[SlotRef, set[tuple[object, int]]] = {}
+        for move in plan.reshard[stage].moves:
+            atoms = range(move.atoms.start, move.atoms.stop) if move.atoms else range(1)
+            moved = {(move.axis, atom) for atom in atoms}
+            assert moved <= held[by_rank[ranks[move.source]]]
+            mine = got.setdefault(move.target, set())
+            assert not moved & mine
+            mine |= moved
+        for place, member in plan.placement:
+            if place.stage == stage:
+                stays = holders(case).get(place) == member
+                own = pieces(case, plan.layout, place)
+                before = held[member] & own if stays else set()
+                after = got.get(place.slot_ref, set())
+                assert before | after == own and not before & after
+
+
+def pieces(case: Case, layout: ParallelLayout, place: Coordinate) -> set[tuple[object, int]]:
+    """What the worker in a place holds: atoms, and the replicated tensors as one."""
+    shards = layout.replica(place.replica).shards
+    atoms = {
+        (each.axis, atom)
+        for each in shards.axes
+        for part in each.owned[place.slot]
+        for atom in range(part.start, part.stop)
+    }
+    return {(None, 0), *atoms}
