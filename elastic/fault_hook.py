@@ -3,6 +3,10 @@
 The worker says that a fault fires before it carries it out, so that the journal knows when the
 failure really began. Faults that a previous process of this device already carried out are not
 given to its replacement.
+
+A fault in the rebuild or the reshard strikes in the first change of generation, among those that its
+target lives through, that begins with its step or a later one: nobody can say beforehand at which
+step a device will have returned, or a second failure will have been noticed.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from elastic.faults import (
+    RECOVERY_PHASES,
     ComponentTarget,
     Fault,
     FaultInjection,
@@ -54,11 +59,16 @@ class FaultHook:
         return not self._faults
 
     def due(self, coordinate: Coordinate, step: int, phase: FaultPhase, now: float) -> Fault | None:
-        """The fault that strikes `coordinate` in this step and phase, if any."""
+        """The fault that strikes `coordinate` in this step and phase, if any.
+
+        In a recovery `step` is the first one of the generation.
+        """
+        recovers = phase in RECOVERY_PHASES
         for fault in self._faults:
-            in_step = fault.at_step == step if fault.at_step is not None else True
+            at_step = step if fault.at_step is None else fault.at_step
+            in_step = at_step <= step if recovers else at_step == step
             in_time = fault.at_seconds is None or now - self._started_at >= fault.at_seconds
-            in_phase = fault.phase in (None, phase)
+            in_phase = fault.phase == phase or (fault.phase is None and not recovers)
             if in_step and in_time and in_phase and self._is_target(fault, coordinate):
                 return fault
         return None

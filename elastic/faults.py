@@ -68,7 +68,11 @@ SUPPORTED_PHASES: Final = (
     FaultPhase.GRAD_SYNC,
     FaultPhase.VOTE,
     FaultPhase.OPTIMIZER,
+    FaultPhase.REBUILD,
+    FaultPhase.RESHARD,
 )
+RECOVERY_PHASES: Final = (FaultPhase.REBUILD, FaultPhase.RESHARD)
+"""Phases of a change of generation; some other fault has to cause one."""
 SUPPORTED_KINDS: Final = (
     FaultInjection.SIGKILL,
     FaultInjection.SIGSTOP,
@@ -132,10 +136,11 @@ class Fault:
 
     Attributes:
         id: number of the entry in its file, from 1.
-        at_step: step in which it strikes, from 0; None when `at_seconds` is given.
+        at_step: step in which it strikes, from 0; in a phase of a recovery, the least step
+            that the generation may begin with; None when `at_seconds` is given.
         at_seconds: seconds after the launcher started; None when `at_step` is given.
-        phase: part of the step in which it strikes; None: any, as early as
-            possible.
+        phase: part of a step or of a recovery in which it strikes; None: any of a step, as early
+            as possible.
         target: whom it strikes.
         kind: what is done.
         heal_at_step: step from which the device may be used again; 0: at once, as only its process

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from elastic.agent_link import AgentLink
+from elastic.faults import FaultPhase
 from elastic.heart import Heart
 from elastic.messages import (
     Adopt,
@@ -229,11 +231,12 @@ class Worker:
                 case Stop():
                     return None
 
-    def adopt(self, plan: Plan, trainable: Trainable) -> bool:
+    def adopt(self, plan: Plan, trainable: Trainable, at: Callable[[FaultPhase], None]) -> bool:
         """Become `plan`'s generation; returns whether this worker has a place in it.
 
-        A donor has none, and leaves once all others have what they need. Raises RuntimeError if the
-        change is interrupted.
+        A donor has none, and leaves once all others have what they need. `at` is called in the
+        middle of each phase, while others wait for this worker. Raises RuntimeError if the change
+        is interrupted.
         """
         self.plan = plan
         place = self.coordinate
@@ -249,6 +252,7 @@ class Worker:
         # From here on the link's thread can end a wait for the store; it may have tried before.
         try:
             self.check()
+            at(FaultPhase.REBUILD)
             self.groups.adopt(
                 plan.groups_of(rank),
                 [str(assignment.member) for assignment in plan.participants],
@@ -264,6 +268,7 @@ class Worker:
         self._compare_digests(plan)
         self._done(RecoveryPhase.REBUILD)
         self.turn_to(Activity.RESHARD)
+        at(FaultPhase.RESHARD)
         if donates:
             trainable.donate(plan, place)
         else:
