@@ -62,8 +62,16 @@ class Agent:
         # In a thread, as the fork server's imports take seconds; meanwhile the node registers.
         warm = asyncio.get_running_loop().run_in_executor(None, self._spawner.warm_up)
         warm.add_done_callback(lambda future: future.exception())
-        while not await _Life(self._spec, self._store, self._spawner, warm).run():
-            _log.warning("node %d was given up by the others; it begins anew", self._spec.node)
+        while True:
+            life = _Life(self._spec, self._store, self._spawner, warm)
+            if await life.run():
+                return
+            _log.warning(
+                "node %d was given up by the others, while the last step that its own workers had "
+                "committed was %d; it begins anew",
+                self._spec.node,
+                life.committed,
+            )
 
 
 class _Ended(Exception):
@@ -147,6 +155,11 @@ class _Life:
             await asyncio.gather(*tasks, return_exceptions=True)
             await rendezvous.close()
             await lease.revoke()
+
+    @property
+    def committed(self) -> int:
+        """The last step that a worker of this life committed; -1 if none did."""
+        return max((status.committed for status in self._statuses.values()), default=-1)
 
     # From the store.
 

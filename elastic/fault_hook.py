@@ -4,9 +4,9 @@ The worker says that a fault fires before it carries it out, so that the journal
 failure really began. Faults that a previous process of this device already carried out are not
 given to its replacement.
 
-A fault in the rebuild or the reshard strikes in the first change of generation, among those that its
-target lives through, that begins with its step or a later one: nobody can say beforehand at which
-step a device will have returned, or a second failure will have been noticed.
+A fault in the rebuild or the reshard strikes in the first change of generation, among those that
+its target lives through, that begins with its step or a later one: nobody can say beforehand at
+which step a device will have returned, or a second failure will have been noticed.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class FaultHook:
             case SlotTarget(replica, slot, stage):
                 return coordinate == Coordinate(replica, stage, slot)
             case NodeTarget(node):
-                return node == self._node
+                # Workers cannot cut themselves off: that is the launcher's business.
+                return node == self._node and fault.kind is not FaultInjection.PARTITION
             case ComponentTarget():
                 # The launcher's business.
                 return False

@@ -119,6 +119,11 @@ def test_a_node_fault_strikes_every_worker_of_its_node(
         assert (one.due(where, 3, FaultPhase.VOTE, 100.0) is not None) is strikes
 
 
+def test_workers_leave_a_partition_to_the_launcher(told: Told) -> None:
+    cut = fault(kind=FaultInjection.PARTITION, target=NodeTarget(3), phase=None)
+    assert hook(told, cut, node=3).due(HERE, 3, FaultPhase.VOTE, 100.0) is None
+
+
 def test_a_raised_fault_is_announced_and_strikes_once(told: Told) -> None:
     one = hook(told, fault())
     with pytest.raises(InjectedFault, match="fault 1"):
