@@ -35,6 +35,7 @@ from elastic.messages import (
     StepDone,
     Stop,
     StoreMessage,
+    Struck,
     WorkerMessage,
     WorkerStatus,
 )
@@ -166,6 +167,8 @@ class _Life:
     def _catch_up(self, message: StoreMessage | None) -> None:
         """What was said before this life began: only how far the job is matters."""
         match message:
+            case Struck(fault):
+                self._workers.forget(fault)
             case Quiesce(generation):
                 self._announced = max(self._announced, generation)
             case Stop():
@@ -188,6 +191,9 @@ class _Life:
                     self._pass_plans_on()
                 case Fence() as fence:
                     self._fence(fence)
+                case Struck() as struck:
+                    self._workers.forget(struck.fault)
+                    self._workers.tell(struck)
                 case NodeProgress() as progress if self._workers.heals:
                     steps = (note.step for note in progress.notes if isinstance(note, StepDone))
                     self._workers.heal(max(steps, default=-1))
@@ -235,6 +241,8 @@ class _Life:
                         self._answers.awaited.discard(member)
                         self._answer_if_complete()
                 case PhaseDone() | ConnectionLost() | StepDone() | FaultFired():
+                    if isinstance(message, FaultFired):
+                        self._outbox.put_nowait(Struck(message.fault))
                     if not self._notes:
                         self._outbox.put_nowait(None)
                     self._notes.append(message)

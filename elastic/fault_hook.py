@@ -1,8 +1,8 @@
 """Injected faults, on the worker's side: strike when step, phase and place are right.
 
 The worker says that a fault fires before it carries it out, so that the journal knows when the
-failure really began. Faults that a previous process of this device already carried out are not
-given to its replacement.
+failure really began. A fault strikes once: what a previous process of this device carried out is
+not given to its replacement, and whoever else takes the target's place hears that it struck.
 
 A fault in the rebuild or the reshard strikes in the first change of generation, among those that
 its target lives through, that begins with its step or a later one: nobody can say beforehand at
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from elastic.faults import (
     RECOVERY_PHASES,
@@ -24,6 +24,7 @@ from elastic.faults import (
     FaultPhase,
     NodeTarget,
     SlotTarget,
+    without_struck,
 )
 from elastic.topology import Coordinate
 
@@ -57,6 +58,10 @@ class FaultHook:
     def is_empty(self) -> bool:
         """Whether no fault is left to carry out."""
         return not self._faults
+
+    def forget(self, struck: Collection[int]) -> None:
+        """These faults of the file struck somebody."""
+        self._faults = without_struck(self._faults, struck)
 
     def due(self, coordinate: Coordinate, step: int, phase: FaultPhase, now: float) -> Fault | None:
         """The fault that strikes `coordinate` in this step and phase, if any.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -157,6 +157,11 @@ class Fault:
     kind: FaultInjection
     heal_at_step: int | None
     args: tuple[tuple[str, Scalar], ...] = ()
+
+
+def without_struck(faults: Iterable[Fault], struck: Collection[int]) -> list[Fault]:
+    """The faults that may still strike; one of a whole node strikes each of its workers."""
+    return [f for f in faults if f.id not in struck or not isinstance(f.target, SlotTarget)]
 
 
 def load_faults(path: Path) -> tuple[Fault, ...]:

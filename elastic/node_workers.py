@@ -22,7 +22,7 @@ from typing import Protocol
 import msgspec
 
 from elastic.config import HealthConfig
-from elastic.faults import Fault, FaultInjection
+from elastic.faults import Fault, FaultInjection, without_struck
 from elastic.messages import AgentMessage, Beat, Failed, FaultFired, Ready, WorkerMessage
 from elastic.spawn import Child, Spawner
 from elastic.topology import DeviceId, Member
@@ -156,6 +156,10 @@ class NodeWorkers:
                 # A process that died meanwhile is noticed by its sentinel.
                 with suppress(OSError):
                     process.child.connection.send_bytes(encoded)
+
+    def forget(self, fault: int) -> None:
+        """A fault struck somewhere: do not give it to new processes, if it strikes only one."""
+        self._faults = without_struck(self._faults, {fault})
 
     def fence(self, member: Member, signal: Signal) -> None:
         """Kill a worker because of what `signal` says. Its failure is reported once it is gone."""

@@ -39,6 +39,7 @@ from elastic.messages import (
     RecoveryPhase,
     StepDone,
     Stop,
+    Struck,
 )
 from elastic.plan import Plan
 from elastic.rendezvous_client import RendezvousStore
@@ -96,7 +97,7 @@ class Trainable(Protocol):
 
 
 class Worker:
-    """State of one worker process with respect to the cluster."""
+    """State of one worker process in the cluster. `struck` are injected faults that struck."""
 
     def __init__(
         self,
@@ -111,6 +112,7 @@ class Worker:
         self.groups = groups
         self.session = Session()
         self.plan: Plan | None = None
+        self.struck: set[int] = set()
         self._link = link
         self._device = device
         self._quiesce: Quiesce | None = None
@@ -225,7 +227,7 @@ class Worker:
                 ):
                     announced = max(announced, plan.generation)
                     self.leave(trainable)
-                case Adopt():
+                case Adopt() | Struck():
                     # A plan that a newer announcement has overtaken: acting on it is forbidden.
                     continue
                 case Stop():
@@ -342,7 +344,9 @@ class Worker:
 
     def _hear(self, message: AgentMessage) -> None:
         """In the link's thread: end what cannot complete any more."""
-        if isinstance(message, Quiesce):
+        if isinstance(message, Struck):
+            self.struck.add(message.fault)
+        elif isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
                 self.groups.sever(keep=self._keepable(message.lost))

@@ -178,6 +178,7 @@ class StepLoop:
         if plan.redone and step == plan.resume_step and plan.came_anew(worker.member):
             # What was to strike this place in this step struck whoever had it before.
             return
+        self._faults.forget(worker.struck)
         self._faults.strike(worker.coordinate, step, phase, time.time())
 
     def _arm_faults(self) -> None:

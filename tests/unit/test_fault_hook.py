@@ -133,6 +133,15 @@ def test_a_raised_fault_is_announced_and_strikes_once(told: Told) -> None:
     assert len(told.seen) == 1
 
 
+def test_what_struck_another_strikes_nobody_else(told: Told) -> None:
+    one = hook(told, fault(id=1), fault(id=2), fault(id=3, target=NodeTarget(0)))
+    one.forget({1, 3})
+    for number in (2, 3):
+        with pytest.raises(InjectedFault, match=f"fault {number}"):
+            one.strike(HERE, 3, FaultPhase.VOTE, 100.0)
+    assert one.is_empty
+
+
 def test_nothing_due_is_nothing_done(told: Told) -> None:
     one = hook(told, fault())
     one.strike(HERE, 2, FaultPhase.VOTE, 100.0)
