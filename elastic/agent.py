@@ -167,8 +167,8 @@ class _Life:
     def _catch_up(self, message: StoreMessage | None) -> None:
         """What was said before this life began: only how far the job is matters."""
         match message:
-            case Struck(fault):
-                self._workers.forget(fault)
+            case Struck() as struck:
+                self._workers.forget(struck)
             case Quiesce(generation):
                 self._announced = max(self._announced, generation)
             case Stop():
@@ -192,8 +192,7 @@ class _Life:
                 case Fence() as fence:
                     self._fence(fence)
                 case Struck() as struck:
-                    self._workers.forget(struck.fault)
-                    self._workers.tell(struck)
+                    self._workers.forget(struck)
                 case NodeProgress() as progress if self._workers.heals:
                     steps = (note.step for note in progress.notes if isinstance(note, StepDone))
                     self._workers.heal(max(steps, default=-1))

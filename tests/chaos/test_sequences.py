@@ -21,6 +21,8 @@ JOB = [
     f"cluster.devices_per_node={SLOTS}",
     f"parallel.replicas={REPLICAS}",
     f"parallel.tensor={SLOTS}",
+    # Replicas stay on their nodes, so that a fault of a node is one of a replica.
+    "cluster.tensor_across_nodes=false",
     f"train.steps={STEPS}",
     "train.global_batch_size=6",
     "train.micro_batch_size=1",
