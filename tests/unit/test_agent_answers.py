@@ -14,11 +14,13 @@ import msgspec
 
 from elastic.agent import Agent
 from elastic.config import HealthConfig
+from elastic.faults import Fault, FaultInjection, SlotTarget
 from elastic.keys import decode, encode, job_prefix, key_of
 from elastic.memory_store import MemoryStore
 from elastic.messages import (
     AgentRecord,
     Failed,
+    FaultFired,
     Fence,
     NodeReport,
     Quiesce,
@@ -26,6 +28,7 @@ from elastic.messages import (
     Ready,
     Stop,
     StoreMessage,
+    Struck,
     WorkerMessage,
 )
 from elastic.node_workers import NodeSpec, WorkerSpec
@@ -33,6 +36,9 @@ from elastic.store import Change
 from elastic.topology import DeviceId, Member
 from health.events import FaultKind
 
+FAULTS = tuple(
+    Fault(number, 3, None, None, SlotTarget(0, 0), FaultInjection.SIGKILL, 0) for number in (1, 2)
+)
 PATIENCE_SECONDS = 1.0
 """Spent only by a test that fails."""
 
@@ -89,7 +95,7 @@ class Node:
             host="localhost",
             devices=self.devices,
             health=HealthConfig(),
-            faults=(),
+            faults=FAULTS,
             logs=logs,
             worker_main=lambda connection, spec: None,
             payload="",
@@ -185,5 +191,26 @@ def test_a_fence_strikes_the_silent_worker_and_lets_its_neighbour_s_answer_throu
         report = await node.written(lambda m: isinstance(m, NodeReport) and bool(m.workers))
         assert report.workers == (answer(Member(answered, 1)),)
         assert alive.exitcode is None and node.spawner.workers[answered] is alive
+
+    with_node(tmp_path, story)
+
+
+def test_a_fault_that_struck_is_known_to_all_before_the_failure_it_caused(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        first, second = node.devices
+        struck = node.spawner.workers[first]
+        assert struck.spec.faults == FAULTS
+        struck.say(FaultFired(1, Member(first, 1), 3, "vote", 0.0))
+        struck.kill()
+        told = [await node.written(lambda m: isinstance(m, Struck | Failed)) for _ in range(2)]
+        assert told[0] == Struck(1) and told[1].fault == 1
+        await node.told(second)
+        # One of another node's workers was struck.
+        await node.command(Struck(2))
+        await node.told(second)
+        node.spawner.workers[second].kill()
+        await node.written(lambda m: isinstance(m, AgentRecord) and Member(second, 2) in m.ready)
+        assert node.spawner.workers[first].spec.faults == FAULTS[1:]
+        assert node.spawner.workers[second].spec.faults == ()
 
     with_node(tmp_path, story)
