@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.chaos.checks import check_comparison
-from tests.chaos.launcher import Run, run_job
+from tests.chaos.launcher import SHORT_QUARANTINE, Run, run_job
 from tests.chaos.sequences import FAULTS, REPLICAS, REST, SLOTS, STEPS, Losses, random_faults
 
 JOB = [
@@ -23,6 +23,7 @@ JOB = [
     f"parallel.tensor={SLOTS}",
     # Replicas stay on their nodes, so that a fault of a node is one of a replica.
     "cluster.tensor_across_nodes=false",
+    *SHORT_QUARANTINE,
     f"train.steps={STEPS}",
     "train.global_batch_size=6",
     "train.micro_batch_size=1",
