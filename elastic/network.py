@@ -59,13 +59,12 @@ class Loopback:
 class PrivateNetwork:
     """The switch, with this thread and all that it starts from now on, and `nodes` around it.
 
-    Raises NetworkRefused if that cannot be made. Make it before other threads that need it.
+    Call `check_network` first, and make it before other threads that need it.
     """
 
     host = str(SWITCH.ip)
 
     def __init__(self, nodes: Collection[int]) -> None:
-        check_network()
         self._outside = os.open(THIS_NAMESPACE, os.O_RDONLY)
         self._switch = _new_namespace()
         self._nodes: dict[int, int] = {}
