@@ -30,7 +30,7 @@ demo: $(STAMP) ## Train through a failure and a return, and check the result
 test: $(STAMP) ## Run the tests, with a sample of killed workers
 	$(BIN)/python -m pytest -q
 
-chaos: $(STAMP) ## Kill each of eight workers in each phase of a step (minutes)
+chaos: $(STAMP) ## Kill workers in every phase, cut nodes off, mix twenty faults in a job (minutes)
 	$(BIN)/python -m pytest -q -m chaos tests/chaos
 
 check: $(STAMP) ## Check formatting, lint, types and the direction of imports

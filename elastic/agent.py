@@ -41,6 +41,7 @@ from elastic.messages import (
     StepDone,
     Stop,
     StoreMessage,
+    Struck,
     WorkerMessage,
     WorkerStatus,
 )
@@ -89,7 +90,12 @@ class Agent:
             life = _Life(self._spec, self._store, self._spawner, warm, self._asked_to_leave)
             if (departure := await life.run()) is not None:
                 return departure
-            _log.warning("node %d was given up by the others", self._spec.node)
+            _log.warning(
+                "node %d was given up by the others, while the last step that its own workers had "
+                "committed was %d",
+                self._spec.node,
+                life.committed,
+            )
         return Departure.UNDRAINED
 
 
@@ -183,11 +189,18 @@ class _Life:
             await rendezvous.close()
             await lease.revoke()
 
+    @property
+    def committed(self) -> int:
+        """The last step that a worker of this life committed; -1 if none did."""
+        return max((status.committed for status in self._statuses.values()), default=-1)
+
     # From the store.
 
     def _catch_up(self, message: StoreMessage | None) -> None:
         """What was said before this life began: only how far the job is matters."""
         match message:
+            case Struck() as struck:
+                self._workers.forget(struck)
             case Quiesce(generation):
                 self._announced = max(self._announced, generation)
             case Stop():
@@ -210,6 +223,8 @@ class _Life:
                     self._pass_plans_on()
                 case Fence() as fence:
                     self._fence(fence)
+                case Struck() as struck:
+                    self._workers.forget(struck)
                 case NodeProgress() as progress if self._workers.heals:
                     steps = (note.step for note in progress.notes if isinstance(note, StepDone))
                     self._workers.heal(max(steps, default=-1))
@@ -268,6 +283,8 @@ class _Life:
                         self._answers.awaited.discard(member)
                         self._answer_if_complete()
                 case PhaseDone() | ConnectionLost() | StepDone() | FaultFired():
+                    if isinstance(message, FaultFired):
+                        self._outbox.put_nowait(Struck(message.fault))
                     if not self._notes:
                         self._outbox.put_nowait(None)
                     self._notes.append(message)

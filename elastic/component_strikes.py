@@ -1,27 +1,39 @@
-"""Injected faults that strike the runtime itself: its leading controller, an agent, or the store.
+"""Injected faults that strike the runtime itself: leader, agent, store, a node's network.
 
 The launcher carries them out, as it is nobody's peer: it sees from the run's files which step is
 committed, tells the store that the fault strikes, and then strikes. A stopped process goes on after
 a while (`args.seconds`), a killed store comes back after as long; a killed agent stays down until
-the step at which its node heals.
+the step at which its node heals, and a node stays cut off until such a step or for such a while.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from elastic.faults import Component, ComponentTarget, Fault, FaultInjection
+from elastic.faults import Component, ComponentTarget, Fault, FaultInjection, NodeTarget
 from elastic.keeper import Keeper
 from elastic.keys import encode, key_of, leader_key
 from elastic.messages import ComponentFault
+from elastic.network import Network, PrivateNetwork
 from elastic.private_etcd import PrivateEtcd
 from elastic.store import Store
 
 DOWN_SECONDS = 2.0
 """How long a struck store or a stopped process is out, unless args.seconds says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What ends a fault, once a step is committed or a time has come."""
+
+    end: Callable[[], None]
+    at_step: float = math.inf
+    at: float = math.inf
 
 
 class ComponentStrikes:
@@ -34,14 +46,20 @@ class ComponentStrikes:
         store: Store,
         keepers: Mapping[str, Keeper],
         etcd: PrivateEtcd | None,
+        network: Network,
     ) -> None:
-        self._due = [fault for fault in faults if isinstance(fault.target, ComponentTarget)]
+        self._due = [
+            fault
+            for fault in faults
+            if isinstance(fault.target, ComponentTarget) or fault.kind is FaultInjection.PARTITION
+        ]
         self._job = job
         self._store = store
         self._keepers = keepers
         self._etcd = etcd
+        self._network = network
         self._began = time.time()
-        self._down: list[tuple[Keeper, int]] = []
+        self._ends: list[_End] = []
 
     async def look(self, committed: int) -> None:
         """Step `committed` is: strike what is due, and let up what has healed."""
@@ -51,48 +69,77 @@ class ComponentStrikes:
             if in_step or (fault.at_seconds is not None and elapsed >= fault.at_seconds):
                 self._due.remove(fault)
                 await self._strike(fault, committed + 1)
-        for keeper, heals_at in list(self._down):
-            if committed >= heals_at:
-                self._down.remove((keeper, heals_at))
-                keeper.let_up()
+        for end in list(self._ends):
+            if committed >= end.at_step or time.time() >= end.at:
+                self._ends.remove(end)
+                end.end()
+
+    def release(self) -> None:
+        """Let up whatever has not healed: the job is over, and everybody is to hear of it."""
+        for end in self._ends:
+            end.end()
+        self._ends.clear()
 
     async def _strike(self, fault: Fault, step: int) -> None:
-        target = fault.target
-        assert isinstance(target, ComponentTarget)
-        told = ComponentFault(fault.id, str(target), target.node, step, time.time())
+        match fault.target:
+            case ComponentTarget(component, node):
+                await self._announce(fault, str(fault.target), node, step)
+                await self._hit(fault, component)
+            case NodeTarget(node):
+                await self._announce(fault, f"network of node{node}", node, step)
+                self._cut(fault, node)
+            case _:
+                raise AssertionError(f"fault {fault.id} is the workers' own")
+
+    async def _announce(self, fault: Fault, name: str, node: int | None, step: int) -> None:
+        told = ComponentFault(fault.id, name, node, step, time.time())
         await self._store.put(key_of(self._job, told), encode(told))
-        number = signal.SIGKILL if fault.kind is FaultInjection.SIGKILL else signal.SIGSTOP
-        seconds = float(dict(fault.args).get("seconds") or DOWN_SECONDS)
-        match target.component:
+
+    async def _hit(self, fault: Fault, component: Component) -> None:
+        kills = fault.kind is FaultInjection.SIGKILL
+        match component:
             case Component.STORE:
-                assert self._etcd is not None, "refused when read"
-                if number is signal.SIGKILL:
+                assert self._etcd is not None, "refused before the run"
+                if kills:
                     self._etcd.kill()
-                    await asyncio.sleep(seconds)
+                else:
+                    self._etcd.send(signal.SIGSTOP)
+                # Nobody could be told of another fault meanwhile.
+                await asyncio.sleep(_seconds(fault))
+                if kills:
                     await self._etcd.start()
                 else:
-                    await _stop_for(self._etcd.send, seconds)
+                    self._etcd.send(signal.SIGCONT)
             case Component.CONTROLLER:
                 leader = await self._store.get(leader_key(self._job))
                 if leader is not None:
-                    await _hit(self._keepers[leader.decode()], number, seconds)
+                    self._hit_process(fault, self._keepers[leader.decode()])
             case Component.AGENT:
-                keeper = self._keepers[f"agent{target.node}"]
-                if fault.heal_at_step != 0 and number is signal.SIGKILL:
+                assert isinstance(fault.target, ComponentTarget)
+                keeper = self._keepers[f"agent{fault.target.node}"]
+                if kills and fault.heal_at_step != 0:
                     keeper.hold_down()
                 if fault.heal_at_step:
-                    self._down.append((keeper, fault.heal_at_step))
-                await _hit(keeper, number, seconds)
+                    self._ends.append(_End(keeper.let_up, at_step=fault.heal_at_step))
+                self._hit_process(fault, keeper)
+
+    def _hit_process(self, fault: Fault, keeper: Keeper) -> None:
+        if fault.kind is FaultInjection.SIGKILL:
+            keeper.send(signal.SIGKILL)
+            return
+        keeper.send(signal.SIGSTOP)
+        go_on = _End(lambda: keeper.send(signal.SIGCONT), at=time.time() + _seconds(fault))
+        self._ends.append(go_on)
+
+    def _cut(self, fault: Fault, node: int) -> None:
+        network = self._network
+        assert isinstance(network, PrivateNetwork), "a run with such a fault has its own network"
+        network.cut(node)
+        seconds = dict(fault.args).get("seconds")
+        at_step = math.inf if fault.heal_at_step is None else fault.heal_at_step
+        at = math.inf if seconds is None else time.time() + float(seconds)
+        self._ends.append(_End(lambda: network.join(node), at_step, at))
 
 
-async def _hit(keeper: Keeper, number: signal.Signals, seconds: float) -> None:
-    if number is signal.SIGSTOP:
-        await _stop_for(keeper.send, seconds)
-    else:
-        keeper.send(number)
-
-
-async def _stop_for(send: Callable[[signal.Signals], None], seconds: float) -> None:
-    send(signal.SIGSTOP)
-    await asyncio.sleep(seconds)
-    send(signal.SIGCONT)
+def _seconds(fault: Fault) -> float:
+    return float(dict(fault.args).get("seconds") or DOWN_SECONDS)

@@ -1,8 +1,12 @@
 """Injected faults, on the worker's side: strike when step, phase and place are right.
 
 The worker says that a fault fires before it carries it out, so that the journal knows when the
-failure really began. Faults that a previous process of this device already carried out are not
-given to its replacement.
+failure really began. A fault strikes once: what a previous process of this device carried out is
+not given to its replacement, and whoever else takes the target's place hears that it struck.
+
+A fault in the rebuild or the reshard strikes in the first change of generation, among those that
+its target lives through, that begins with its step or a later one: nobody can say beforehand at
+which step a device will have returned, or a second failure will have been noticed.
 """
 
 from __future__ import annotations
@@ -10,15 +14,17 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from elastic.faults import (
+    RECOVERY_PHASES,
     ComponentTarget,
     Fault,
     FaultInjection,
     FaultPhase,
     NodeTarget,
     SlotTarget,
+    without_struck,
 )
 from elastic.topology import Coordinate
 
@@ -53,12 +59,21 @@ class FaultHook:
         """Whether no fault is left to carry out."""
         return not self._faults
 
+    def forget(self, struck: Collection[int]) -> None:
+        """These faults of the file struck somebody."""
+        self._faults = without_struck(self._faults, struck)
+
     def due(self, coordinate: Coordinate, step: int, phase: FaultPhase, now: float) -> Fault | None:
-        """The fault that strikes `coordinate` in this step and phase, if any."""
+        """The fault that strikes `coordinate` in this step and phase, if any.
+
+        In a recovery `step` is the first one of the generation.
+        """
+        recovers = phase in RECOVERY_PHASES
         for fault in self._faults:
-            in_step = fault.at_step == step if fault.at_step is not None else True
+            at_step = step if fault.at_step is None else fault.at_step
+            in_step = at_step <= step if recovers else at_step == step
             in_time = fault.at_seconds is None or now - self._started_at >= fault.at_seconds
-            in_phase = fault.phase in (None, phase)
+            in_phase = fault.phase == phase or (fault.phase is None and not recovers)
             if in_step and in_time and in_phase and self._is_target(fault, coordinate):
                 return fault
         return None
@@ -76,7 +91,8 @@ class FaultHook:
             case SlotTarget(replica, slot, stage):
                 return coordinate == Coordinate(replica, stage, slot)
             case NodeTarget(node):
-                return node == self._node
+                # Workers cannot cut themselves off: that is the launcher's business.
+                return node == self._node and fault.kind is not FaultInjection.PARTITION
             case ComponentTarget():
                 # The launcher's business.
                 return False

@@ -3,8 +3,8 @@
 Theory of operation. A faults file is a YAML list; `load_faults` turns each entry into a frozen
 `Fault`, numbered from 1 by its place in the file, so a message about fault 3 is about the third
 entry. A fault only describes; the launcher decides who carries it out. Reading makes the checks
-that need the file alone; `check_faults` makes those that need the shape and length of the run. Both
-report every problem at once, each with the entry, the field and what is allowed.
+that need the file alone; `elastic.fault_checks` makes those that need the run. Both report every
+problem at once, each with the entry, the field and what is allowed.
 
 The format names more than this version can inject. Such entries are refused rather than skipped: a
 fault that silently does not happen would make a run look more robust than it is.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import yaml
 
-from elastic.config import ClusterConfig, ParallelConfig, StoreConfig, yaml_problem
+from elastic.config import yaml_problem
 
 Scalar: TypeAlias = str | int | float | bool | None
 """A JSON value without parts: what an argument of a fault may be."""
@@ -68,13 +68,18 @@ SUPPORTED_PHASES: Final = (
     FaultPhase.GRAD_SYNC,
     FaultPhase.VOTE,
     FaultPhase.OPTIMIZER,
+    FaultPhase.REBUILD,
+    FaultPhase.RESHARD,
 )
+RECOVERY_PHASES: Final = (FaultPhase.REBUILD, FaultPhase.RESHARD)
+"""Phases of a change of generation; some other fault has to cause one."""
 SUPPORTED_KINDS: Final = (
     FaultInjection.SIGKILL,
     FaultInjection.SIGSTOP,
     FaultInjection.EXIT,
     FaultInjection.RAISE,
     FaultInjection.SLOW,
+    FaultInjection.PARTITION,
 )
 COMPONENT_KINDS: Final = (FaultInjection.SIGKILL, FaultInjection.SIGSTOP)
 ENTRY_FIELDS: Final = (
@@ -132,10 +137,11 @@ class Fault:
 
     Attributes:
         id: number of the entry in its file, from 1.
-        at_step: step in which it strikes, from 0; None when `at_seconds` is given.
+        at_step: step in which it strikes, from 0; in a phase of a recovery, the least step
+            that the generation may begin with; None when `at_seconds` is given.
         at_seconds: seconds after the launcher started; None when `at_step` is given.
-        phase: part of the step in which it strikes; None: any, as early as
-            possible.
+        phase: part of a step or of a recovery in which it strikes; None: any of a step, as early
+            as possible.
         target: whom it strikes.
         kind: what is done.
         heal_at_step: step from which the device may be used again; 0: at once, as only its process
@@ -151,6 +157,11 @@ class Fault:
     kind: FaultInjection
     heal_at_step: int | None
     args: tuple[tuple[str, Scalar], ...] = ()
+
+
+def without_struck(faults: Iterable[Fault], struck: Collection[int]) -> list[Fault]:
+    """The faults that may still strike; one of a whole node strikes each of its workers."""
+    return [f for f in faults if f.id not in struck or not isinstance(f.target, SlotTarget)]
 
 
 def load_faults(path: Path) -> tuple[Fault, ...]:
@@ -183,80 +194,6 @@ def load_faults(path: Path) -> tuple[Fault, ...]:
     return tuple(faults)
 
 
-def check_faults(
-    faults: Iterable[Fault],
-    parallel: ParallelConfig,
-    cluster: ClusterConfig,
-    steps: int,
-    store: StoreConfig,
-) -> None:
-    """Check that every fault can happen in a run of this shape and of this many steps.
-
-    Raises:
-        FaultsError: a target or a step lies outside the run; one line per problem.
-    """
-    problems = [
-        f"fault {fault.id}: {problem}"
-        for fault in faults
-        for problem in (
-            *_outside_shape(fault.target, parallel, cluster),
-            *_outside_run(fault, steps),
-            *_without_process(fault.target, store),
-        )
-    ]
-    if problems:
-        raise FaultsError("\n".join(problems))
-
-
-def check_own_store(faults: Iterable[Fault], store: StoreConfig) -> None:
-    """Check that whoever starts the run may strike its store. Raises FaultsError."""
-    if store.endpoints and ComponentTarget(Component.STORE) in [fault.target for fault in faults]:
-        raise FaultsError(
-            f"target.component: the store at {', '.join(store.endpoints)} is not this run's own; "
-            "leave store.endpoints out, and a private one is started"
-        )
-
-
-def _without_process(target: Target, store: StoreConfig) -> Iterable[str]:
-    if isinstance(target, ComponentTarget) and store.kind != "etcd":
-        yield (
-            f"target.component: {target.component} is no process of its own in a run with the "
-            "memory store; set store.kind: etcd"
-        )
-
-
-def _outside_shape(
-    target: Target, parallel: ParallelConfig, cluster: ClusterConfig
-) -> Iterable[str]:
-    bounds: tuple[tuple[str, int, int], ...]
-    match target:
-        case SlotTarget():
-            bounds = (
-                ("replica", target.replica, parallel.replicas),
-                ("stage", target.stage, parallel.pipeline),
-                ("slot", target.slot, parallel.tensor),
-            )
-        case NodeTarget():
-            bounds = (("node", target.node, cluster.nodes),)
-        case ComponentTarget():
-            bounds = (("node", target.node or 0, cluster.nodes),)
-    for name, value, size in bounds:
-        if value >= size:
-            yield f"target.{name}: {value} does not exist; the run has 0..{size - 1}"
-
-
-def _outside_run(fault: Fault, steps: int) -> Iterable[str]:
-    if fault.at_step is None:
-        return
-    if fault.at_step >= steps:
-        yield f"at_step: {fault.at_step} never comes; the run has steps 0..{steps - 1}"
-    if fault.heal_at_step and fault.heal_at_step <= fault.at_step:
-        yield (
-            f"heal_at_step: {fault.heal_at_step} is not after at_step ({fault.at_step}); set it to"
-            f" {fault.at_step + 1} or more, to 0 (at once), or leave it out (never)"
-        )
-
-
 def _fault(number: int, entry: object) -> Fault:
     fields = _mapping(entry, "entry", ENTRY_FIELDS)
     at_step = _whole(fields, "at_step")
@@ -279,6 +216,8 @@ def _fault(number: int, entry: object) -> Fault:
         if fields.get("phase") is not None
         else None
     )
+    if kind is FaultInjection.PARTITION:
+        _check_partition(target, fields)
     return Fault(
         id=number,
         at_step=at_step,
@@ -289,6 +228,20 @@ def _fault(number: int, entry: object) -> Fault:
         heal_at_step=_whole(fields, "heal_at_step"),
         args=_arguments(fields.get("args")),
     )
+
+
+def _check_partition(target: Target, fields: Mapping[str, Any]) -> None:
+    if not isinstance(target, NodeTarget):
+        raise FaultsError("target: a partition cuts off a node; write {node: 1}")
+    if fields.get("phase") is not None:
+        raise FaultsError("phase: a node is cut off between steps; leave it out")
+    arguments = fields.get("args")
+    seconds = isinstance(arguments, dict) and arguments.get("seconds") is not None
+    if fields.get("heal_at_step") == 0 or (seconds and fields.get("heal_at_step") is not None):
+        raise FaultsError(
+            "heal_at_step: a partition lasts until the others have committed this step, which is "
+            "after at_step, or for args.seconds, or without both for the rest of the run"
+        )
 
 
 def _target(value: object) -> Target:

@@ -47,11 +47,14 @@ class Keeper:
         self._process: asyncio.subprocess.Process | None = None
         self._up = asyncio.Event()
         self._up.set()
+        self._retired = False
 
     async def run(self) -> None:
         """Keep it up. Raises PartRefused if it cannot take part; kills it when cancelled."""
         while True:
             await self._up.wait()
+            if self._retired:
+                return
             status = await self._run_once()
             if status == REFUSED:
                 lines = self._log.read_text(errors="replace").strip().splitlines()
@@ -69,6 +72,11 @@ class Keeper:
 
     def let_up(self) -> None:
         """Start it again, if it is down."""
+        self._up.set()
+
+    def retire(self) -> None:
+        """Do not start it again, as the job is over."""
+        self._retired = True
         self._up.set()
 
     def send(self, number: signal.Signals) -> None:

@@ -18,6 +18,7 @@ from elastic.messages import (
     Stop,
     StopWish,
     StoreMessage,
+    Struck,
 )
 
 AGENTS = "agents/"
@@ -97,6 +98,8 @@ def _path(message: StoreMessage) -> str:
             return "commands/stop"
         case StopWish():
             return "wishes/stop"
+        case Struck():
+            return f"commands/struck/{message.fault}"
         case AgentRecord():
             return f"{AGENTS}{message.node}"
         case Failed():

@@ -5,6 +5,9 @@ arguments, and does what a cluster manager does there: a process that is killed 
 over is started again. An agent that somebody asked to leave is not, and the job goes on without it;
 the launcher itself asks none. It shows what the run's files say, and takes no part in anything
 else: a slow launcher slows nothing. If it dies, everything ends with it.
+
+All processes reach each other over the loopback interface, unless a fault is to cut nodes off from
+each other: then the run has a network of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +26,13 @@ from elastic.component_strikes import ComponentStrikes
 from elastic.config import StoreConfig
 from elastic.etcd_access import read_access
 from elastic.etcd_store import EtcdStore
+from elastic.faults import FaultInjection
 from elastic.journal import Listener
 from elastic.keeper import Keeper, Part
 from elastic.keys import key_of
 from elastic.local import STOP_SIGNALS, Ended
 from elastic.messages import Stop
+from elastic.network import Loopback, Network, PrivateNetwork
 from elastic.private_etcd import PrivateEtcd
 from elastic.run_spec import RunSpec
 from elastic.serve import clear_ended, wish_to_stop
@@ -40,8 +45,8 @@ LOOK_SECONDS = 0.1
 END_SECONDS = 20.0
 """How long processes may take to end once the job is over."""
 
-MakeParts = Callable[[tuple[str, ...]], list[Part]]
-"""Given the endpoints of the store."""
+MakeParts = Callable[[tuple[str, ...], Network], list[Part]]
+"""Given the endpoints of the store, and where the nodes are."""
 
 
 def run_parts(
@@ -56,10 +61,17 @@ def run_parts(
     `environment` is what the processes find in theirs. Raises OtherJob if the store holds another
     run of this job, and what opening the store raises.
     """
-    return asyncio.run(_run(run, config, make_parts, environment, listener))
+    with contextlib.closing(_network(run)) as network:
+        return asyncio.run(_run(network, run, config, make_parts, environment, listener))
+
+
+def _network(run: RunSpec) -> Network:
+    cuts = any(fault.kind is FaultInjection.PARTITION for fault in run.faults)
+    return PrivateNetwork({device.node for device in run.devices}) if cuts else Loopback()
 
 
 async def _run(
+    network: Network,
     run: RunSpec,
     config: StoreConfig,
     make_parts: MakeParts,
@@ -68,7 +80,7 @@ async def _run(
 ) -> Ended:
     run.logs.mkdir(parents=True, exist_ok=True)
     tail = RunTail(run.run_dir, listener)
-    async with _opened(config, run.logs / "etcd.log") as (store, endpoints, etcd):
+    async with _opened(config, run.logs / "etcd.log", network.host) as (store, endpoints, etcd):
         await clear_ended(store, run.job)
         over = asyncio.create_task(_until_over(store, run.job))
         wishes: set[asyncio.Task[None]] = set()
@@ -81,9 +93,9 @@ async def _run(
             name = signal.Signals(number).name
             loop.add_signal_handler(number, wish, f"the launcher received {name}")
         alone = {**os.environ, **environment, PARENT: str(os.getpid())}
-        keepers = [Keeper(part, run.logs, alone) for part in make_parts(endpoints)]
+        keepers = [Keeper(part, run.logs, alone) for part in make_parts(endpoints, network)]
         by_name = {keeper.part.name: keeper for keeper in keepers}
-        strikes = ComponentStrikes(run.faults, run.job, store, by_name, etcd)
+        strikes = ComponentStrikes(run.faults, run.job, store, by_name, etcd, network)
         parts = [asyncio.create_task(keeper.run()) for keeper in keepers]
         showing = asyncio.create_task(_look(tail, strikes))
         try:
@@ -93,6 +105,9 @@ async def _run(
                     traceback.print_exception(error)
                     wish(f"{type(error).__name__}: {error}", "failed")
             await asyncio.wait([over], timeout=END_SECONDS)
+            for keeper in keepers:
+                keeper.retire()
+            strikes.release()
             await asyncio.wait(parts, timeout=END_SECONDS)
         finally:
             everything: list[asyncio.Task[Any]] = [over, showing, *parts, *wishes]
@@ -105,10 +120,13 @@ async def _run(
 
 @contextlib.asynccontextmanager
 async def _opened(
-    config: StoreConfig, log: Path
+    config: StoreConfig, log: Path, host: str
 ) -> AsyncIterator[tuple[Store, tuple[str, ...], PrivateEtcd | None]]:
-    """A client of the store, its endpoints, and the etcd behind them if it is private."""
-    private = None if config.endpoints else PrivateEtcd(log)
+    """A client of the store, its endpoints, and the etcd behind them if it is private.
+
+    `host` is where a private one listens.
+    """
+    private = None if config.endpoints else PrivateEtcd(log, host=host)
     try:
         if private is not None:
             await private.start()

@@ -147,6 +147,15 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     at: float
 
 
+class Struck(msgspec.Struct, frozen=True, tag=True):
+    """Agent, to all others and their workers: an injected fault struck. Key ``commands/struck/..``.
+
+    It is said before the failure that it causes, so everybody knows before the next plan comes.
+    """
+
+    fault: int
+
+
 class AgentRecord(msgspec.Struct, frozen=True, tag=True):
     """Agent: it is alive, and these workers are ready. Key ``agents/<node>``, under its lease.
 
@@ -241,7 +250,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 
 
 WorkerMessage = Ready | Beat | Quiesced | PhaseDone | ConnectionLost | FaultFired | StepDone
-AgentMessage = Quiesce | Adopt | Stop
+AgentMessage = Quiesce | Adopt | Stop | Struck
 StoreMessage = (
     Quiesce
     | Adopt
@@ -249,6 +258,7 @@ StoreMessage = (
     | Leave
     | Stop
     | StopWish
+    | Struck
     | AgentRecord
     | Failed
     | ComponentFault

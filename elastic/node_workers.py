@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,8 +22,8 @@ from typing import Protocol
 import msgspec
 
 from elastic.config import HealthConfig
-from elastic.faults import Fault, FaultInjection
-from elastic.messages import AgentMessage, Beat, Failed, FaultFired, Ready, WorkerMessage
+from elastic.faults import Fault, FaultInjection, without_struck
+from elastic.messages import AgentMessage, Beat, Failed, FaultFired, Ready, Struck, WorkerMessage
 from elastic.spawn import Child, Spawner
 from elastic.topology import DeviceId, Member
 from health.classify import Signal, classify
@@ -155,12 +155,13 @@ class NodeWorkers:
 
     def tell(self, message: AgentMessage) -> None:
         """Send `message` to every ready worker."""
-        encoded = msgspec.msgpack.encode(message)
-        for process in self._running():
-            if process.ready:
-                # A process that died meanwhile is noticed by its sentinel.
-                with suppress(OSError):
-                    process.child.connection.send_bytes(encoded)
+        _send(message, [process for process in self._running() if process.ready])
+
+    def forget(self, struck: Struck) -> None:
+        """A fault struck somewhere: it is not to strike here, if it strikes only one."""
+        self._faults = without_struck(self._faults, {struck.fault})
+        # Processes that are about to be ready were started with it too.
+        _send(struck, self._running())
 
     def fence(self, member: Member, signal: Signal) -> None:
         """Kill a worker because of what `signal` says. Its failure is reported once it is gone."""
@@ -295,3 +296,11 @@ class NodeWorkers:
             fired.phase if fired else None,
             fired.step if fired else None,
         )
+
+
+def _send(message: AgentMessage, processes: Iterable[_Process]) -> None:
+    encoded = msgspec.msgpack.encode(message)
+    for process in processes:
+        # A process that died meanwhile is noticed by its sentinel.
+        with suppress(OSError):
+            process.child.connection.send_bytes(encoded)

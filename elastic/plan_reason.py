@@ -64,7 +64,7 @@ def change(
     came_from = {member: place for place, member in movers}
     news = [place for place in sorted(new) if old.get(place) != new[place]]
     home = {p.slot_ref for p in news if new[p].device == homes.get(p)}
-    away = [p for p in news if new[p].device != homes.get(p)]
+    away = [p for p in news if new[p].device != homes.get(p) or p in swapped]
     parts = [
         *few(f"{_name(ref)} is vacant" for ref in lost if ref.replica not in dropped),
         *few(f"{_name(ref)} returned" for ref in gained if ref in home),

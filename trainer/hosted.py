@@ -14,7 +14,8 @@ import yaml
 from elastic.config import StoreConfig
 from elastic.faults import Fault
 from elastic.journal import Listener
-from elastic.local import LOOPBACK, Ended
+from elastic.local import Ended
+from elastic.network import Network
 from elastic.run_spec import RunSpec
 from elastic.spawn import end_with
 from trainer.config import RunConfig
@@ -73,24 +74,22 @@ def start_parts(run: RunSpec, config: RunConfig, faults: Path | None, listener: 
     if faults is not None:
         shared += ["--faults", str(faults)]
 
-    def make_parts(endpoints: tuple[str, ...]) -> list[Part]:
+    def make_parts(endpoints: tuple[str, ...], network: Network) -> list[Part]:
         where = ["--set", f"store.endpoints=[{', '.join(endpoints)}]"]
 
         def line(command: str, *arguments: str) -> tuple[str, ...]:
             return (sys.executable, "-m", "trainer.main", command, *shared, *where, *arguments)
 
+        def agent(node: int) -> Part:
+            own = ("--node", str(node), "--host", network.address(node))
+            command = (*network.inside(node), *line("agent", *own))
+            return Part(f"agent{node}", command, may_leave=True)
+
         names = [f"controller{number}" for number in range(config.store.controllers)]
         nodes = sorted({device.node for device in run.devices})
         return [
             *(Part(name, line("controller", "--name", name)) for name in names),
-            *(
-                Part(
-                    f"agent{node}",
-                    line("agent", "--node", str(node), "--host", LOOPBACK),
-                    may_leave=True,
-                )
-                for node in nodes
-            ),
+            *(agent(node) for node in nodes),
         ]
 
     return run_parts(run, config.store, make_parts, environment, listener)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from elastic.agent_link import AgentLink
 from elastic.config import ClusterConfig
 from elastic.fault_hook import FaultHook
-from elastic.faults import FaultPhase
+from elastic.faults import RECOVERY_PHASES, FaultPhase
 from elastic.heart import Heart
 from elastic.node_workers import WorkerSpec
 from elastic.topology import DeviceId
@@ -62,7 +62,7 @@ def run_worker(connection: Connection, spec: WorkerSpec) -> None:
     worker.start()
     while (plan := worker.await_plan(steps.training)) is not None:
         try:
-            if worker.adopt(plan, steps.training):
+            if worker.adopt(plan, steps.training, at=steps.strike):
                 steps.run()
         except Exception as error:
             steps.training.abandon()
@@ -92,7 +92,7 @@ class StepLoop:
             lambda fault, step, phase: worker.announce_fault(fault.id, step, phase),
         )
         self.training = Training(
-            config, worker.groups, device, in_optimizer=lambda: self._at(FaultPhase.OPTIMIZER)
+            config, worker.groups, device, in_optimizer=lambda: self.strike(FaultPhase.OPTIMIZER)
         )
 
     def run(self) -> None:
@@ -125,11 +125,11 @@ class StepLoop:
 
         # The boundary: the one place where a healthy replica's ranks all stop (see elastic.worker).
         worker.reach_boundary()
-        generation.sync.finish(between=lambda: self._at(FaultPhase.GRAD_SYNC))
+        generation.sync.finish(between=lambda: self.strike(FaultPhase.GRAD_SYNC))
         worker.session = worker.session.prepare()
 
         worker.turn_to(Activity.VOTE)
-        self._at(FaultPhase.VOTE)
+        self.strike(FaultPhase.VOTE)
         vote = self._vote(loss_sum, batch)
         worker.session = worker.session.hold_vote(vote)
         worker.commit(self.training, vote)
@@ -167,14 +167,20 @@ class StepLoop:
         dist.all_reduce(ballot, group=self._worker.groups.world)
         return Vote(*ballot.tolist())
 
-    def _at(self, phase: FaultPhase) -> None:
+    def strike(self, phase: FaultPhase) -> None:
+        """Carry out the injected fault that is due in this phase, if any."""
         worker = self._worker
-        plan = self.training.current.plan
-        redoes = plan.redone and worker.session.step == plan.resume_step
-        if redoes and plan.came_anew(worker.member):
+        if phase in RECOVERY_PHASES:
+            plan = worker.plan
+            assert plan is not None, "there is a plan to recover with"
+            step = plan.resume_step
+        else:
+            plan, step = self.training.current.plan, worker.session.step
+        if plan.redone and step == plan.resume_step and plan.came_anew(worker.member):
             # What was to strike this place in this step struck whoever had it before.
             return
-        self._faults.strike(worker.coordinate, worker.session.step, phase, time.time())
+        self._faults.forget(worker.struck)
+        self._faults.strike(worker.coordinate, step, phase, time.time())
 
     def _arm_faults(self) -> None:
         """Make faults of the forward and backward phases strike in the middle of the model."""
@@ -185,8 +191,8 @@ class StepLoop:
         middle: nn.Module = layers[len(layers) // 2]  # type: ignore[index, arg-type, assignment]
 
         def in_forward(_module: nn.Module, _inputs: object, outputs: tuple[Tensor, object]) -> None:
-            self._at(FaultPhase.FORWARD)
-            outputs[0].register_hook(lambda _gradient: self._at(FaultPhase.BACKWARD))
+            self.strike(FaultPhase.FORWARD)
+            outputs[0].register_hook(lambda _gradient: self.strike(FaultPhase.BACKWARD))
 
         middle.register_forward_hook(in_forward)
         model.faults_armed = True  # type: ignore[assignment]

@@ -274,7 +274,8 @@ def main() -> None:
 def _load(
     config: Path, overrides: list[str], faults: Path | None
 ) -> tuple[RunConfig, tuple[Fault, ...]]:
-    from elastic.faults import FaultsError, check_faults, load_faults
+    from elastic.fault_checks import check_faults
+    from elastic.faults import FaultsError, load_faults
     from trainer.config_file import ConfigError, load
 
     try:
@@ -298,7 +299,7 @@ def _launch(
     """Run a job; `injected` was read from the file `faults`, which its processes read too."""
     from rich.console import Console
 
-    from elastic.faults import check_own_store
+    from elastic.fault_checks import check_launcher
     from elastic.live import view
     from elastic.local import run_local
     from elastic.run_dir import claim
@@ -307,7 +308,7 @@ def _launch(
     try:
         # The data are read here once, so that missing ones are refused before any process starts.
         run = run_spec(config, injected, run_dir)
-        check_own_store(run.faults, config.store)
+        check_launcher(run.faults, config.store)
         claim(run_dir, replace=replace)
     except (ValueError, OSError) as error:
         _refuse(str(error))

@@ -18,11 +18,12 @@ def check_like_calm(run: Run, calm: Run, tolerance: float, failures: int) -> Non
     assert summary["redone_steps"] <= failures
     assert summary["replicas_bitwise_equal"] is True
     assert all(step["weights_digest"] for step in run.steps)
-    _check_comparison(run.directory, calm.directory, tolerance)
+    check_comparison(run.directory, calm.directory, tolerance)
     assert run.left_over == (), "processes were left behind"
 
 
-def _check_comparison(run: Path, calm: Path, tolerance: float) -> None:
+def check_comparison(run: Path, calm: Path, tolerance: float) -> None:
+    """Assert that two runs had the same losses and consumed the same samples at every step."""
     comparison = compare_runs(run, calm, tolerance)
     assert comparison.first_missing_step is None
     assert comparison.first_sample_step is None, "a step consumed other samples"

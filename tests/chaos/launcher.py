@@ -50,6 +50,10 @@ SMALL_JOB: dict[str, Any] = {
 }
 
 
+SHORT_QUARANTINE = ("health.quarantine_seconds=0.01", "health.quarantine_max_seconds=0.01")
+"""For jobs whose devices fail again and again, and are to be used again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A launcher that runs, and the token its descendants carry."""

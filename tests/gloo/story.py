@@ -180,7 +180,7 @@ def story_rank(
             source_generation=layout_from,
             rendezvous=rank.address,
         )
-        if not worker.adopt(plan, training):
+        if not worker.adopt(plan, training, at=steps.strike):
             continue
         line.about_to_begin(plan.resume_step, plan.generation)
         steps.run()

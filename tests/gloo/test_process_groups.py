@@ -17,6 +17,7 @@ import torch.distributed as dist
 from dense import SHAPE, layout_of
 from harness import LINK, TIMEOUT_SECONDS, Cluster, Rank
 
+from elastic.rendezvous_client import RendezvousStore
 from ntp.geometry import SlotRef
 from ntp.groups import GroupAxis, GroupSpec, groups_of, places
 from ntp.process_groups import ProcessGroups, is_connection_error
@@ -147,16 +148,21 @@ LAYOUTS = [
 
 
 def generations_rank(rank: Rank) -> list[tuple[int, int]]:
-    """Threads and descriptors after each of 20 generations, alternating between two layouts."""
+    """Threads and descriptors in each second of 50 generations, between which the last rank fails.
+
+    It lets all its connections go, as a death would, while the others wait for it. These go on
+    without it in the next generation; in the one after that it is back.
+    """
     slot = LAYOUTS[0].slots()[rank.rank]
-    groups, store = rank.groups(), rank.store()
+    groups = rank.groups()
     counts = []
-    for generation in range(20):
+    for generation in range(50):
         layout = LAYOUTS[generation % 2]
         if slot not in layout.slots():
-            groups.close()
             continue
-        rank.adopt(groups, layout, slot, generation + 1, store)
+        store = RendezvousStore(rank.address, TIMEOUT_SECONDS)
+        rank.adopt(groups, layout, slot, rank.generation + generation, store)
+        store.close()
         assert sum_of_ones(groups.tensor) == layout.replica(slot.replica).degree
         members = [r for r in layout.replicas if slot.slot in r.active]
         assert (groups.home is not None) == (len(members) > 1)
@@ -165,18 +171,24 @@ def generations_rank(rank: Rank) -> list[tuple[int, int]]:
         assert sum_of_ones(groups.world) == len(layout.slots())
         for live in groups._live.values():
             assert len(live._sockets) == live.group.size() - 1, "a connection cannot be severed"
-        if layout is LAYOUTS[0]:
-            # Nobody may have left for the next generation, and so closed a connection, meanwhile.
-            descriptors = len(list(Path("/proc/self/fd").iterdir()))
-            counts.append((len(list(Path("/proc/self/task").iterdir())), descriptors))
-            sum_of_ones(groups.world)
+        if layout is LAYOUTS[1]:
+            continue
+        # Nobody may have left for the next generation, and so closed a connection, meanwhile.
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
+        counts.append((len(list(Path("/proc/self/task").iterdir())), descriptors))
+        sum_of_ones(groups.world)
+        if slot not in LAYOUTS[1].slots():
+            groups.close()
+        else:
+            ends_promptly(lambda: sum_of_ones(groups.world))
+            groups.sever()
     return counts
 
 
 def test_generations_leave_nothing_behind(cluster: Cluster) -> None:
     for counts in cluster.run(generations_rank, 4):
-        assert len(counts) == 10
-        assert counts == counts[:1] * 10
+        assert len(counts) == 25
+        assert counts[2:] == counts[2:3] * 23
 
 
 def kept_rank(rank: Rank) -> list[float]:

@@ -14,11 +14,13 @@ import msgspec
 
 from elastic.agent import Agent, Departure
 from elastic.config import HealthConfig
+from elastic.faults import Fault, FaultInjection, SlotTarget
 from elastic.keys import agent_key, decode, encode, job_prefix, key_of
 from elastic.memory_store import MemoryStore
 from elastic.messages import (
     AgentRecord,
     Failed,
+    FaultFired,
     Fence,
     Leave,
     NodeReport,
@@ -27,6 +29,7 @@ from elastic.messages import (
     Ready,
     Stop,
     StoreMessage,
+    Struck,
     WorkerMessage,
 )
 from elastic.node_workers import NodeSpec, WorkerSpec
@@ -34,6 +37,9 @@ from elastic.store import Change
 from elastic.topology import DeviceId, Member
 from health.events import FaultKind
 
+FAULTS = tuple(
+    Fault(number, 3, None, None, SlotTarget(0, 0), FaultInjection.SIGKILL, 0) for number in (1, 2)
+)
 PATIENCE_SECONDS = 1.0
 """Spent only by a test that fails."""
 
@@ -90,7 +96,7 @@ class Node:
             host="localhost",
             devices=self.devices,
             health=HealthConfig(drain_timeout_seconds=drain_timeout_seconds),
-            faults=(),
+            faults=FAULTS,
             logs=logs,
             worker_main=lambda connection, spec: None,
             payload="",
@@ -262,3 +268,24 @@ def test_a_draining_agent_that_is_given_up_begins_no_new_life(tmp_path: Path) ->
         await asyncio.wait_for(asyncio.shield(node.serving), PATIENCE_SECONDS)
 
     assert with_node(tmp_path, story) is Departure.UNDRAINED
+
+
+def test_a_fault_that_struck_is_known_to_all_before_the_failure_it_caused(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        first, second = node.devices
+        struck = node.spawner.workers[first]
+        assert struck.spec.faults == FAULTS
+        struck.say(FaultFired(1, Member(first, 1), 3, "vote", 0.0))
+        struck.kill()
+        told = [await node.written(lambda m: isinstance(m, Struck | Failed)) for _ in range(2)]
+        assert told[0] == Struck(1) and told[1].fault == 1
+        await node.told(second)
+        # One of another node's workers was struck.
+        await node.command(Struck(2))
+        await node.told(second)
+        node.spawner.workers[second].kill()
+        await node.written(lambda m: isinstance(m, AgentRecord) and Member(second, 2) in m.ready)
+        assert node.spawner.workers[first].spec.faults == FAULTS[1:]
+        assert node.spawner.workers[second].spec.faults == ()
+
+    with_node(tmp_path, story)

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from elastic.fault_hook import FaultHook, InjectedFault
-from elastic.faults import Fault, FaultInjection, FaultPhase, NodeTarget, SlotTarget
+from elastic.faults import (
+    RECOVERY_PHASES,
+    Fault,
+    FaultInjection,
+    FaultPhase,
+    NodeTarget,
+    SlotTarget,
+)
 from elastic.topology import Coordinate
 
 HERE = Coordinate(1, 0, 2)
@@ -82,8 +89,19 @@ def test_step_phase_and_place_must_all_fit(
 
 
 @pytest.mark.parametrize("phase", FaultPhase)
-def test_a_fault_without_a_phase_strikes_in_any(told: Told, phase: FaultPhase) -> None:
-    assert hook(told, fault(phase=None)).due(HERE, 3, phase, 100.0) == fault(phase=None)
+def test_a_fault_without_a_phase_strikes_in_any_of_a_step(told: Told, phase: FaultPhase) -> None:
+    struck = hook(told, fault(phase=None)).due(HERE, 3, phase, 100.0)
+    assert struck == (None if phase in RECOVERY_PHASES else fault(phase=None))
+
+
+@pytest.mark.parametrize("phase", RECOVERY_PHASES)
+@pytest.mark.parametrize(("step", "strikes"), [(2, False), (3, True), (9, True)])
+def test_a_fault_in_a_recovery_waits_for_one(
+    told: Told, phase: FaultPhase, step: int, strikes: bool
+) -> None:
+    one = hook(told, fault(phase=phase))
+    assert one.due(HERE, 3, FaultPhase.VOTE, 100.0) is None
+    assert (one.due(HERE, step, phase, 100.0) is not None) is strikes
 
 
 @pytest.mark.parametrize(("now", "strikes"), [(104.9, False), (105.0, True), (200.0, True)])
@@ -101,6 +119,11 @@ def test_a_node_fault_strikes_every_worker_of_its_node(
         assert (one.due(where, 3, FaultPhase.VOTE, 100.0) is not None) is strikes
 
 
+def test_workers_leave_a_partition_to_the_launcher(told: Told) -> None:
+    cut = fault(kind=FaultInjection.PARTITION, target=NodeTarget(3), phase=None)
+    assert hook(told, cut, node=3).due(HERE, 3, FaultPhase.VOTE, 100.0) is None
+
+
 def test_a_raised_fault_is_announced_and_strikes_once(told: Told) -> None:
     one = hook(told, fault())
     with pytest.raises(InjectedFault, match="fault 1"):
@@ -108,6 +131,15 @@ def test_a_raised_fault_is_announced_and_strikes_once(told: Told) -> None:
     assert told.seen == [(1, 3, FaultPhase.VOTE)] and one.is_empty
     one.strike(HERE, 3, FaultPhase.VOTE, 100.0)
     assert len(told.seen) == 1
+
+
+def test_what_struck_another_strikes_nobody_else(told: Told) -> None:
+    one = hook(told, fault(id=1), fault(id=2), fault(id=3, target=NodeTarget(0)))
+    one.forget({1, 3})
+    for number in (2, 3):
+        with pytest.raises(InjectedFault, match=f"fault {number}"):
+            one.strike(HERE, 3, FaultPhase.VOTE, 100.0)
+    assert one.is_empty
 
 
 def test_nothing_due_is_nothing_done(told: Told) -> None:
