@@ -29,6 +29,10 @@ Nobody waits in vain in `finish`: every rank launches all buckets first, in one 
 waits only for what others do in a step before it.
 
 Buffers for what must be packed live from a bucket's launch to its end.
+
+Once a bucket is launched, other replicas' gradients come into this slot's. Until then they are its
+replica's alone, and a step that is given up can be taken up again from them. So a step is *held* as
+soon as it is known to be given up: nothing more is launched out of hooks.
 """
 
 from __future__ import annotations
@@ -89,8 +93,18 @@ class GradientSync:
         # What others may not have received yet of the last step.
         self._answers: list[MarkedExchange] = []
 
-    def begin(self, gradients: Tensor, passes: int) -> None:
+    @property
+    def unmixed(self) -> bool:
+        """Whether nothing of the step in flight was launched yet."""
+        return self._step is not None and not self._step.launched
+
+    def begin(
+        self, gradients: Tensor, passes: int, held: Callable[[], bool] = lambda: False
+    ) -> None:
         """A step starts, with `passes` backward passes that add to `gradients` (flat, local).
+
+        `held` is asked in every hook whether the step will be given up, so that `finish` will not
+        follow. With no passes at all, everything is launched in `finish`.
 
         Raises RuntimeError if a peer was lost before it had all answers to its last step.
         """
@@ -99,7 +113,8 @@ class GradientSync:
             self._answers.pop().send()
         if self._bound is None or self._bound.gradients is not gradients:
             self._bound = self._bind(gradients)
-        self._step = _Step(self._bound, Countdown(self._bound.buckets, passes), self._answers)
+        countdown = Countdown(self._bound.buckets, passes)
+        self._step = _Step(self._bound, countdown, self._answers, held)
 
     def ready(self, name: str) -> None:
         """A backward pass has added to the gradient of tensor `name`.
@@ -175,11 +190,13 @@ class _Step:
     bound: _Bound
     countdown: Countdown
     answers: list[MarkedExchange]
+    held: Callable[[], bool]
+    launched: bool = False
     running: list[Iterator[None]] = field(default_factory=list)
     error: Exception | None = None
 
     def added(self, name: str) -> None:
-        if self.error is not None:
+        if self.error is not None or self.held():
             return
         try:
             self._launch(self.countdown.added(name))
@@ -207,6 +224,7 @@ class _Step:
 
     def _launch(self, going: Iterable[int]) -> None:
         for index in going:
+            self.launched = True
             steps = self.bound.syncs[index].steps(self.answers)
             if self.bound.stream is None:
                 next(steps)
