@@ -30,9 +30,12 @@ waits only for what others do in a step before it.
 
 Buffers for what must be packed live from a bucket's launch to its end.
 
-Once a bucket is launched, other replicas' gradients come into this slot's. Until then they are its
-replica's alone, and a step that is given up can be taken up again from them. So a step is *held* as
-soon as it is known to be given up: nothing more is launched out of hooks.
+Until other replicas' gradients come into this slot's, they are its replica's alone, or *unmixed*,
+and a step that is given up can be taken up again from them. Over gloo the first step of a bucket
+only sends, and receives into buffers of its own; so gradients are unmixed up to `finish`. (A silent
+slot clears replicated gradients, but those never count.) On NCCL a bucket that is launched may be
+reduced at any time. A step is therefore *held* once it is known to be given up: nothing more is
+launched out of hooks.
 """
 
 from __future__ import annotations
@@ -95,8 +98,8 @@ class GradientSync:
 
     @property
     def unmixed(self) -> bool:
-        """Whether nothing of the step in flight was launched yet."""
-        return self._step is not None and not self._step.launched
+        """Whether a step is in flight whose gradients are still those of this replica alone."""
+        return self._step is not None and not self._step.mixed
 
     def begin(
         self, gradients: Tensor, passes: int, held: Callable[[], bool] = lambda: False
@@ -191,7 +194,7 @@ class _Step:
     countdown: Countdown
     answers: list[MarkedExchange]
     held: Callable[[], bool]
-    launched: bool = False
+    mixed: bool = False
     running: list[Iterator[None]] = field(default_factory=list)
     error: Exception | None = None
 
@@ -224,12 +227,12 @@ class _Step:
 
     def _launch(self, going: Iterable[int]) -> None:
         for index in going:
-            self.launched = True
             steps = self.bound.syncs[index].steps(self.answers)
             if self.bound.stream is None:
                 next(steps)
                 self.running.append(steps)
                 continue
+            self.mixed = True
             self.bound.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.bound.stream):
                 for _ in steps:
@@ -241,6 +244,7 @@ class _Step:
 
     def _advance(self) -> None:
         """Take the next step of every bucket; those that have taken their last are done."""
+        self.mixed = True
         self.running = [steps for steps in self.running if next(steps, _DONE) is not _DONE]
 
 
