@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 from elastic.messages import Quiesced
 from elastic.placement import Row
 from elastic.plan import Plan
 from elastic.salvage import Kept
+from elastic.session import Standing
 from elastic.topology import Member
 from ntp.geometry import ParallelLayout, ReplicaLayout
 from ntp.ranges import Range, merged
@@ -37,7 +39,10 @@ def _past(plan: Plan, step: int) -> _Past:
     return _Past(
         plan.rows(),
         {replica.replica: replica for replica in plan.layout.replicas},
-        {number: merged(share.kept + share.fresh) for number, share in plan.shares(step)},
+        {
+            number: merged(share.kept + share.fresh) if share.kept else share.fresh
+            for number, share in plan.shares(step)
+        },
     )
 
 
@@ -53,40 +58,37 @@ def kept_gradients(
 
     `source` is the plan whose layout the state has; `history` the run's plans by generation.
     """
-    if not any(a.standing is not None and a.standing.kept for a in answers.values()):
+    claims = {
+        member: held.kept
+        for member, answer in answers.items()
+        if (held := answer.standing) is not None and held.kept and _counts(held, step, source)
+    }
+    if not claims:
         return ()
     pasts = {source.generation: _past(source, step)}
     kept: list[Kept] = []
     for replica in layout.replicas:
         number, row = replica.replica, rows[replica.replica]
-        generation = _claim(row, step, source.generation, answers)
-        if generation not in history:
+        if (generation := _claim(row, claims)) not in history:
             continue
         if generation not in pasts:
             pasts[generation] = _past(history[generation], step)
-        unchanged = all(
+        if all(
             past.rows.get(number) == row and past.layouts[number] == replica
             for past in (pasts[source.generation], pasts[generation])
-        )
-        if unchanged and (samples := pasts[generation].samples[number]):
+        ) and (samples := pasts[generation].samples[number]):
             kept.append(Kept(number, generation, samples))
     return tuple(kept)
 
 
-def _claim(row: Row, step: int, layout: int, answers: Mapping[Member, Quiesced]) -> int:
-    """The generation from which all of a row say that they keep gradients of `step`; 0: none.
+def _counts(held: Standing, step: int, source: Plan) -> bool:
+    """Whether a worker holds the state of `source`, of which `step` is the next."""
+    layouts = (held.layout_generation, held.pending_generation)
+    return held.committed == step - 1 and source.generation in layouts
 
-    Only who holds the state of generation `layout`, and the step before, is believed.
-    """
-    claims: set[int] = set()
-    for _, member in row:
-        answer = answers.get(member)
-        if answer is None or (held := answer.standing) is None:
-            return 0
-        if held.committed != step - 1 or layout not in (
-            held.layout_generation,
-            held.pending_generation,
-        ):
-            return 0
-        claims.add(held.kept)
-    return claims.pop() if len(claims) == 1 else 0
+
+def _claim(row: Row, claims: Mapping[Member, int]) -> int:
+    """The generation from which all of a row keep gradients; 0: there is none."""
+    # There may be a hundred thousand members, so the loop over them is left to C.
+    generations = set(map(claims.get, map(itemgetter(1), row)))
+    return (generations.pop() or 0) if len(generations) == 1 else 0
