@@ -160,6 +160,14 @@ class Line:
         assert self.chapter is not None
         return step == self.chapter.until and bool(self.chapter.lost)
 
+    def hears_late(self, member: Member, plan: Plan) -> bool:
+        """Whether `member` hears of a loss only behind its backward pass: every other one does,
+        unless its own replica is hit."""
+        assert self.chapter is not None
+        hit = {place.replica for place, other in plan.placement if other in self.chapter.lost}
+        mine = next(place.replica for place, other in plan.placement if other == member)
+        return mine not in hit and member.device.index % 2 > 0
+
     def strike(self, member: Member, generation: int) -> None:
         """`member` is lost, or hears of those who are."""
         assert self.chapter is not None
@@ -221,12 +229,17 @@ def story_rank(
     def run_and_tell(passes: ForwardBackward, *arguments: Any) -> float:
         plan, step = worker.plan, worker.session.step
         assert plan is not None
-        if line.strikes(step):
-            # Whoever still were in the last vote would be another story.
-            store.set(f"{plan.generation} {member}", "computes")
-            store.wait([f"{plan.generation} {other}" for _, other in plan.placement])
+        if not line.strikes(step):
+            return run(passes, *arguments)
+        # Whoever still were in the last vote would be another story.
+        store.set(f"{plan.generation} {member}", "computes")
+        store.wait([f"{plan.generation} {other}" for _, other in plan.placement])
+        if not line.hears_late(member, plan):
             line.strike(member, plan.generation)
-        return run(passes, *arguments)
+            return run(passes, *arguments)
+        losses = run(passes, *arguments)
+        line.strike(member, plan.generation)
+        return losses
 
     ForwardBackward.run = run_and_tell  # type: ignore[method-assign]
     worker.start()
