@@ -12,16 +12,18 @@ class Gradient:
     """The samples that are behind a gradient, by their indices.
 
     `mixed`: other replicas' may have come into it, so that it is of no use to go on from.
+    `goes_on`: the step in flight began with what was kept of it.
     """
 
     def __init__(self) -> None:
         self.samples: list[int] = []
-        self.mixed = False
+        self.mixed = self.goes_on = False
         self._under_way: list[int] | None = None
 
     def begin(self, clock: Clock, plan: Plan, replica: int, step: int) -> None:
         """A step begins, with what the plan keeps of it or with nothing."""
         share = dict(plan.shares(step))[replica]
+        self.goes_on = bool(share.kept)
         if share.kept:
             whole = self._under_way is None and not self.mixed
             clock.check(whole, "replica %d goes on from spoiled gradients", replica)
