@@ -63,6 +63,7 @@ class Oracle:
         ]
         self._committed: dict[Member, int] = {}
         self._prepared: dict[tuple[int, int], dict[Member, tuple[int, ...]]] = {}
+        self._whole: set[tuple[int, int]] = set()
         self._announced = 1
         self._leader: str | None = None
         self._failed: dict[Member, int] = {}
@@ -184,8 +185,7 @@ class Oracle:
     def prepared(self, worker: SimWorker) -> None:
         """A worker holds its reduced gradients."""
         key = worker.generation, worker.session.step
-        samples = tuple(sorted(worker.gradient.samples))
-        self._prepared.setdefault(key, {})[worker.member] = samples
+        self._prepared.setdefault(key, {})[worker.member] = tuple(worker.gradient.samples)
 
     def votes(self, worker: SimWorker) -> None:
         """A worker holds the vote of its step, and is about to commit."""
@@ -198,7 +198,9 @@ class Oracle:
             "%s commits step %d of generation %d, for which only %s are prepared",
             *(member, step, generation, list(prepared)),
         )
-        self._check_batch(plan, step)
+        if (generation, step) not in self._whole:
+            self._check_batch(plan, step)
+            self._whole.add((generation, step))
         check(
             worker.answered <= generation,
             "%s commits in generation %d, but answered %d",

@@ -22,7 +22,7 @@ class Gradient:
 
     def begin(self, clock: Clock, plan: Plan, replica: int, step: int) -> None:
         """A step begins, with what the plan keeps of it or with nothing."""
-        share = dict(plan.shares(step))[replica]
+        share = next(each for number, each in plan.shares(step) if number == replica)
         self.goes_on = bool(share.kept)
         if share.kept:
             whole = self._under_way is None and not self.mixed
