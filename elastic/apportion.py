@@ -2,7 +2,8 @@
 
 A step takes as long as its slowest replica, so the split that matters is the one that minimises
 ``max(share * cost)``. Giving the samples out one by one, each to the replica that would be done
-with it first, does exactly that. A replica takes at least one sample: it takes part in every step.
+with it first, does exactly that. A replica takes at least one sample, as it takes part in every
+step; only of a step that was begun before may there be nothing left for it (`elastic.salvage`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ def apportion(total: int, costs: Sequence[float], least: int = 1) -> tuple[int, 
     of the computation does not depend on it. Raises ValueError if there are no bearers, fewer
     samples than bearers, or a cost is not positive.
     """
-    if not 1 <= len(costs) * least <= total:
+    if not costs or len(costs) * least > total:
         raise ValueError(
             f"{total} samples cannot give each of {len(costs)} replicas {least} or more; use 1 to "
-            f"{total // least} replicas, or raise the global batch size"
+            f"{total // max(1, least)} replicas, or raise the global batch size"
         )
     if not all(cost > 0 for cost in costs):
         raise ValueError(f"costs {tuple(costs)} must all be above 0")

@@ -78,7 +78,12 @@ def fault_notes(event: object) -> list[Note]:
 
 
 def plan_note(plan: Plan, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:
-    """A plan, and how many committed steps it could not keep; `sizes` are those of each stage."""
+    """A plan, and how many committed steps it could not keep; `sizes` are those of each stage.
+
+    `kept_samples` are those of the step in flight whose gradients go on; `redone_samples` are the
+    others of a step on which work had begun.
+    """
+    kept = plan.salvage.kept_samples if plan.salvage else 0
     return Note(
         "plan",
         {
@@ -88,6 +93,8 @@ def plan_note(plan: Plan, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:
             "resume_step": plan.resume_step,
             "applies_vote": plan.apply_vote is not None,
             "redone": plan.redone,
+            "kept_samples": kept,
+            "redone_samples": sum(plan.batch_split) - kept if plan.redone else 0,
             "lost_steps": lost_steps,
             "degrees": plan.degrees(),
             "batch_split": plan.batch_split,

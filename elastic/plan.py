@@ -8,16 +8,19 @@ act on it, so that two controllers, or two versions of a decision, cannot both b
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain, product, starmap, zip_longest
+from itertools import accumulate, chain, product, starmap, zip_longest
 from operator import eq, itemgetter
 
 import msgspec
 
+from elastic.salvage import Salvage, StepShare
 from elastic.topology import Assignment, Member
 from ntp.geometry import ParallelLayout, SlotRef
 from ntp.groups import GroupSpec, groups_of
+from ntp.ranges import Range
 from ntp.reshard_plan import ReshardPlan
 from ntp.sync_plan import plan_sync
 
@@ -67,9 +70,9 @@ class Plan:
     `kept_replicas` are those whose tensor-parallel and pipeline communicators go on. `batch_split`
     is samples per replica, in the layout's order. `resume_step` is the first step of the
     generation; survivors that have not committed the step before it apply that with `apply_vote`.
-    `redone`: work on `resume_step` had begun and is dropped. `rendezvous` is host:port of the store
-    to meet in. `throughput` is relative to full strength; `alternatives` are what was considered
-    beside this.
+    `redone`: work on `resume_step` had begun and is dropped, but for what `salvage` keeps of it
+    (None: nothing). `rendezvous` is host:port of the store to meet in. `throughput` is relative to
+    full strength; `alternatives` are what was considered beside this.
     """
 
     generation: int
@@ -93,6 +96,7 @@ class Plan:
     throughput: float
     alternatives: tuple[Alternative, ...]
     reason: str
+    salvage: Salvage | None = None
 
     def __post_init__(self) -> None:
         # A job may have a hundred thousand places, so the loops over them are left to C.
@@ -125,6 +129,16 @@ class Plan:
             and self.generation >= 1,
             "kept groups belong to replicas": replicas.keys() >= set(self.kept_replicas),
             "something is computed": self.throughput > 0,
+            "each sample of the resumed step is kept or computed, once": self.salvage is None
+            or (
+                self.salvage.is_whole(sum(self.batch_split))
+                and len(self.salvage.shares) == len(replicas)
+            ),
+            "replicas keep gradients of earlier generations": self.salvage is None
+            or all(
+                each.replica in replicas and 0 < each.generation < self.generation
+                for each in self.salvage.kept
+            ),
         }
         broken = [condition for condition, holds in conditions.items() if not holds]
         if broken:
@@ -176,6 +190,24 @@ class Plan:
             rows[replica.replica] = self.placement[begin:end]
             begin = end
         return rows
+
+    def shares(self, step: int) -> Iterator[tuple[int, StepShare]]:
+        """Each replica with the samples of `step` that its gradient is to be over."""
+        numbers = [replica.replica for replica in self.layout.replicas]
+        if self.salvage is None or step != self.resume_step:
+            stops = accumulate(self.batch_split)
+            for number, size, stop in zip(numbers, self.batch_split, stops, strict=True):
+                yield number, StepShare((), (Range(stop - size, stop),))
+            return
+        kept = {each.replica: each.samples for each in self.salvage.kept}
+        fresh = self.salvage.fresh(sum(self.batch_split))
+        for number, samples in zip(numbers, fresh, strict=True):
+            yield number, StepShare(kept.get(number, ()), samples)
+
+    def kept_from(self, replica: int) -> int:
+        """The generation whose gradients of `resume_step` a replica keeps; 0: it keeps none."""
+        kept = self.salvage.kept if self.salvage else ()
+        return next((each.generation for each in kept if each.replica == replica), 0)
 
     def stage_ranks(self) -> dict[SlotRef, int]:
         """Rank of every slot within its stage, which is the same in all stages."""

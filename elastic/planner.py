@@ -8,7 +8,8 @@ and returns a Plan or, if nothing can be done, NoPlan; either carries its reason
    `elastic.placement`): vacancies are filled by returned devices and spares, replicas that cannot
    be filled go on reduced (REDUCE_TP) or are left out (DROP_REPLICA) until devices are back;
 3. the layout that follows, and what moves from whom to whom (`ntp.reshard_plan`);
-4. the split of the global batch, which stays what it was.
+4. the split of the global batch, which stays what it was, and what replicas keep of the step that
+   was interrupted (`elastic.kept_gradients`).
 
 A slot that lacks a worker in one pipeline stage is vacated in all; its other workers are free for
 other places. What is the same as in the source's plan is taken over as it is, so the work
@@ -30,6 +31,7 @@ from elastic.candidates import Choice, choose
 from elastic.job_shape import JobShape as JobShape
 from elastic.job_shape import PlacementRules as PlacementRules
 from elastic.job_shape import home_devices as home_devices
+from elastic.kept_gradients import kept_gradients
 from elastic.messages import Quiesced
 from elastic.missing_state import missing_state
 from elastic.moves import aside, plan_moves
@@ -37,6 +39,7 @@ from elastic.pace import Pace
 from elastic.placement import Row, Seating, roster_at_home, roster_of_survivors
 from elastic.plan import Action, NoPlan, Plan, StateSource
 from elastic.plan_reason import change, few, first_change
+from elastic.salvage import Salvage, salvage
 from elastic.session import Resume, Standing, UnrecoverableStep, decide_resume
 from elastic.situation import Situation as Situation
 from elastic.throughput import planned_throughput, relative_paces
@@ -172,6 +175,10 @@ def _plan(
     if state.kind is StateSource.CHECKPOINT:
         action = Action.RESTORE
     division = split_reason(shape.split_batch_by, batch_split, situation.paces)
+    kept = _salvage(shape, situation, state, layout, rows)
+    resumption = state.resume.reason
+    if kept is not None:
+        resumption += f", {kept.kept_samples} of its {shape.global_batch_size} samples are kept"
     return Plan(
         generation=situation.generation,
         action=action,
@@ -193,7 +200,8 @@ def _plan(
         rendezvous=situation.rendezvous,
         throughput=planned_throughput(shape, layout, batch_split, paces),
         alternatives=choice.alternatives,
-        reason=f"{words}; {state.resume.reason}; {division}",
+        reason=f"{words}; {resumption}; {division}",
+        salvage=kept,
     )
 
 
@@ -203,6 +211,22 @@ def split_batch(
     """Samples per replica of `layout`, so that all are done as early as can be."""
     costs = sample_costs(shape.split_batch_by, layout, shape.sizes, paces)
     return apportion(shape.global_batch_size, costs, shape.least_share)
+
+
+def _salvage(
+    shape: JobShape,
+    situation: Situation,
+    state: _State,
+    layout: ParallelLayout,
+    rows: Mapping[int, Row],
+) -> Salvage | None:
+    """What is kept of the step in flight, and the split of the rest of it."""
+    if state.source is None:
+        return None
+    answers, history = situation.answers, situation.history
+    kept = kept_gradients(state.resume.resume_step, state.source, layout, rows, answers, history)
+    costs = sample_costs(shape.split_batch_by, layout, shape.sizes, situation.paces) if kept else ()
+    return salvage(kept, shape.global_batch_size, costs, shape.least_share)
 
 
 def _find_state(situation: Situation) -> _State | NoPlan:

@@ -13,6 +13,10 @@ A change of layout is decided in the same way. A worker that received its new sh
 ones until it has passed a barrier behind the exchange. Whoever passed it knows that every rank
 received everything; so the newest layout that any survivor passed to is held by all of them, as
 their current state or as their pending one.
+
+A rank that is stopped behind its backward pass, before any other replica's gradients came into its
+own, *keeps* these and says under which generation's plan it computed them. What becomes of them is
+`elastic.salvage`'s business; a step that is dropped without salvage loses them.
 """
 
 from __future__ import annotations
@@ -44,13 +48,16 @@ class Session:
 
     `committed` is the last step this rank committed (-1: none). `vote` is the newest vote held and
     `voted` its step (-1: none); it is kept until the next one, because a peer may still need it.
-    The vote's fields have meaning to the trainer alone.
+    The vote's fields have meaning to the trainer alone. `kept`: the generation under whose plan the
+    gradients of the step in flight were computed, to the end and unmixed with other replicas' (0:
+    they were not).
     """
 
     committed: int = -1
     point: StepPoint = StepPoint.IDLE
     voted: int = -1
     vote: tuple[float, ...] | None = None
+    kept: int = 0
 
     @property
     def step(self) -> int:
@@ -58,8 +65,13 @@ class Session:
         return self.committed + 1
 
     def start(self) -> Session:
-        """The step in flight begins."""
-        return self._move("start", StepPoint.IDLE, StepPoint.COMPUTING)
+        """The step in flight begins, and adds to whatever gradients were kept of it."""
+        return replace(self._move("start", StepPoint.IDLE, StepPoint.COMPUTING), kept=0)
+
+    def keep(self, generation: int) -> Session:
+        """The step stops behind backward: its gradients are those of `generation`'s plan alone."""
+        self._move("keep", StepPoint.COMPUTING, StepPoint.COMPUTING)
+        return replace(self, kept=generation)
 
     def prepare(self) -> Session:
         """Reduced gradients are held."""
@@ -75,9 +87,9 @@ class Session:
         moved = self._move("commit", StepPoint.VOTED, StepPoint.IDLE)
         return replace(moved, committed=self.committed + 1)
 
-    def drop(self) -> Session:
-        """The step in flight is given up, to be redone."""
-        return replace(self, point=StepPoint.IDLE)
+    def drop(self, salvaged: bool = False) -> Session:
+        """The step in flight is given up, to be redone: all of it, or what is not `salvaged`."""
+        return replace(self, point=StepPoint.IDLE, kept=self.kept if salvaged else 0)
 
     def _move(self, event: str, source: StepPoint, target: StepPoint) -> Session:
         if self.point is not source:
@@ -93,6 +105,8 @@ class Standing:
     `voted` that of `vote`; -1: none.
     `layout_generation` is the generation whose layout its state has, and `pending_generation` one
     whose shards it has received in full without having passed the barrier; 0: none.
+    `kept` is the generation under whose plan the gradients were computed that it holds of the step
+    after `committed`, complete and its replica's alone; 0: it holds none.
     """
 
     slot: SlotRef
@@ -103,6 +117,7 @@ class Standing:
     vote: tuple[float, ...] | None
     layout_generation: int
     pending_generation: int
+    kept: int = 0
 
 
 def standing(
@@ -119,6 +134,7 @@ def standing(
         vote=session.vote,
         layout_generation=layout_generation,
         pending_generation=pending_generation,
+        kept=session.kept,
     )
 
 

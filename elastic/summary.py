@@ -3,7 +3,8 @@
 Pure: it reads the entries of the two files and nothing else, which shows that they explain the run.
 
 - ``lost_steps`` counts steps that had been committed and were not part of the state that went on.
-- ``redone_steps`` counts steps on which work had begun when a failure dropped it.
+- ``redone_steps`` counts steps on which work had begun when a failure dropped it;
+  ``redone_samples`` counts the samples of these that no replica kept.
 - ``recover_seconds`` runs from the fault (its injection, or else its detection) to the first step
   that the generation which answers it commits. ``detect_seconds`` is known for injected faults.
 - ``goodput`` is the time that the committed steps would have taken at the run's median step time,
@@ -32,6 +33,7 @@ def summarize(
         "committed_steps": len(steps),
         "lost_steps": sum(plan["lost_steps"] for plan in plans),
         "redone_steps": sum(bool(plan["redone"]) for plan in plans),
+        "redone_samples": sum(plan["redone_samples"] for plan in plans),
         "generations": len(plans),
         "failures": [
             _failure(entry, plans, resumed) for entry in journal if entry["event"] == "failure"

@@ -11,6 +11,10 @@ A healthy replica keeps its tensor-parallel group. Its ranks therefore stop only
 before gradient sync, where all of them arrive. A rank that cannot know where its mates are severs
 the group and says so: one that is stopped inside the vote or the barrier of an adoption, behind
 which mates may compute already and wait for it, and one for which the group itself broke.
+
+At the boundary such a rank holds its replica's gradients. If it heard of the failure before it sent
+any of them to another replica, it keeps them, and the plan may tell the replica to go on from there
+(see `elastic.salvage`). Adopting a plan that does not tells it to forget them.
 """
 
 from __future__ import annotations
@@ -147,10 +151,21 @@ class Worker:
         """Whether a new generation is announced that waits for the step in flight."""
         return self._quiesce is not None and self._quiesce.generation > self.generation
 
-    def reach_boundary(self) -> None:
-        """Forward and backward are done. Raises StepAborted like `check`."""
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a new generation is announced that does not wait."""
+        quiesce = self._quiesce
+        return quiesce is not None and quiesce.urgent and quiesce.generation > self.generation
+
+    def reach_boundary(self, unmixed: bool) -> None:
+        """Forward and backward are done. Raises StepAborted like `check`.
+
+        `unmixed`: no other replica's gradients may have come into this rank's.
+        """
         self._in_model = False
         self._compute_seconds = time.perf_counter() - self._compute_began
+        if unmixed and self.stop_requested:
+            self.session = self.session.keep(self.generation)
         self.check()
         self.turn_to(Activity.GRADIENT_SYNC)
 
@@ -160,9 +175,9 @@ class Worker:
 
     def check(self) -> None:
         """Raise StepAborted if a new generation is announced that does not wait."""
-        quiesce = self._quiesce
-        if quiesce is not None and quiesce.urgent and quiesce.generation > self.generation:
-            raise StepAborted(quiesce.reason)
+        if self.stop_requested:
+            assert self._quiesce is not None
+            raise StepAborted(self._quiesce.reason)
 
     def begin_step(self) -> None:
         """A step starts."""
@@ -332,7 +347,9 @@ class Worker:
             if self.session.point is StepPoint.PREPARED:
                 self.session = self.session.hold_vote(plan.apply_vote)
             self.commit(trainable, plan.apply_vote)
-        self.session = self.session.drop()
+        keeps = plan.kept_from(self.coordinate.replica) if has_state else 0
+        assert keeps in (0, self.session.kept), f"kept {self.session.kept}, told to keep {keeps}"
+        self.session = self.session.drop(salvaged=keeps > 0)
         assert not has_state or self.session.committed == plan.resume_step - 1
 
     def _answer(self, quiesce: Quiesce) -> None:

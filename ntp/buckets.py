@@ -88,7 +88,7 @@ class Countdown:
     """The passes that each gradient still lacks in a step, and the buckets that have yet to go."""
 
     def __init__(self, buckets: Sequence[Bucket], passes: int) -> None:
-        assert passes >= 1, passes
+        assert passes >= 0, passes
         self._bucket_of = {
             name: index for index, bucket in enumerate(buckets) for name in bucket.tensors
         }

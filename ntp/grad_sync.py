@@ -29,6 +29,13 @@ Nobody waits in vain in `finish`: every rank launches all buckets first, in one 
 waits only for what others do in a step before it.
 
 Buffers for what must be packed live from a bucket's launch to its end.
+
+Until other replicas' gradients come into this slot's, they are its replica's alone, or *unmixed*,
+and a step that is given up can be taken up again from them. Over gloo the first step of a bucket
+only sends, and receives into buffers of its own; so gradients are unmixed up to `finish`. (A silent
+slot clears replicated gradients, but those never count.) On NCCL a bucket that is launched may be
+reduced at any time. A step is therefore *held* once it is known to be given up: nothing more is
+launched out of hooks.
 """
 
 from __future__ import annotations
@@ -89,8 +96,18 @@ class GradientSync:
         # What others may not have received yet of the last step.
         self._answers: list[MarkedExchange] = []
 
-    def begin(self, gradients: Tensor, passes: int) -> None:
+    @property
+    def unmixed(self) -> bool:
+        """Whether a step is in flight whose gradients are still those of this replica alone."""
+        return self._step is not None and not self._step.mixed
+
+    def begin(
+        self, gradients: Tensor, passes: int, held: Callable[[], bool] = lambda: False
+    ) -> None:
         """A step starts, with `passes` backward passes that add to `gradients` (flat, local).
+
+        `held` is asked in every hook whether the step will be given up, so that `finish` will not
+        follow. With no passes at all, everything is launched in `finish`.
 
         Raises RuntimeError if a peer was lost before it had all answers to its last step.
         """
@@ -99,7 +116,8 @@ class GradientSync:
             self._answers.pop().send()
         if self._bound is None or self._bound.gradients is not gradients:
             self._bound = self._bind(gradients)
-        self._step = _Step(self._bound, Countdown(self._bound.buckets, passes), self._answers)
+        countdown = Countdown(self._bound.buckets, passes)
+        self._step = _Step(self._bound, countdown, self._answers, held)
 
     def ready(self, name: str) -> None:
         """A backward pass has added to the gradient of tensor `name`.
@@ -175,11 +193,13 @@ class _Step:
     bound: _Bound
     countdown: Countdown
     answers: list[MarkedExchange]
+    held: Callable[[], bool]
+    mixed: bool = False
     running: list[Iterator[None]] = field(default_factory=list)
     error: Exception | None = None
 
     def added(self, name: str) -> None:
-        if self.error is not None:
+        if self.error is not None or self.held():
             return
         try:
             self._launch(self.countdown.added(name))
@@ -212,6 +232,7 @@ class _Step:
                 next(steps)
                 self.running.append(steps)
                 continue
+            self.mixed = True
             self.bound.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.bound.stream):
                 for _ in steps:
@@ -223,6 +244,7 @@ class _Step:
 
     def _advance(self) -> None:
         """Take the next step of every bucket; those that have taken their last are done."""
+        self.mixed = True
         self.running = [steps for steps in self.running if next(steps, _DONE) is not _DONE]
 
 

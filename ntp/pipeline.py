@@ -71,6 +71,7 @@ class ForwardBackward:
     ) -> float:
         """Accumulate the gradients of all microbatches; returns this stage's sum of token losses.
 
+        There may be no microbatches, on all stages.
         `batches` gives the microbatches from the first, once for each chunk; `sizes` are their
         numbers of samples, `length` is that of the sequence. The sum is 0 on all stages but the
         last.
@@ -80,6 +81,8 @@ class ForwardBackward:
         if self._pipeline is None:
             (model,) = self._chunks
             return sum(self._one(model, batch) for batch in batches())
+        if not sizes:
+            return 0.0
         return self._scheduled(batches, sizes, length, self._pipeline)
 
     def sum_tied(self, gradient: Tensor) -> None:

@@ -16,7 +16,7 @@ would round.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -80,7 +80,7 @@ def replica_samples(split: BatchSplit, replica: int) -> range:
     return range(start, start + split.samples[replica])
 
 
-def micro_batches(samples: range, micro_batch_size: int) -> list[range]:
+def micro_batches(samples: Sequence[int], micro_batch_size: int) -> list[Sequence[int]]:
     """Cut the samples of a replica into microbatches, in order; the last one may be smaller.
 
     Raises:

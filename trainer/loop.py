@@ -107,8 +107,8 @@ class StepLoop:
         worker, generation = self._worker, self.training.current
         step = worker.session.step
         worker.begin_step()
-        gradients = generation.state.gradients
-        gradients.zero_()
+        state = generation.state
+        self.training.begin_gradients(step)
         batch = ReplicaBatch(
             self._train,
             self.corpus,
@@ -119,23 +119,25 @@ class StepLoop:
             generation.plan.stages if len(generation.chunks) > 1 else 1,
             self._device,
         )
-        generation.sync.begin(gradients, passes=len(batch.sizes))
-        loss_sum = generation.passes.run(lambda: iter(batch), batch.sizes, self._train.seq_length)
+        generation.sync.begin(state.gradients, len(batch.sizes), lambda: worker.stop_requested)
+        state.loss_sum += generation.passes.run(
+            lambda: iter(batch), batch.sizes, self._train.seq_length
+        )
         self.training.sum_tied_gradients()
 
         # The boundary: the one place where a healthy replica's ranks all stop (see elastic.worker).
-        worker.reach_boundary()
+        worker.reach_boundary(generation.sync.unmixed)
         generation.sync.finish(between=lambda: self.strike(FaultPhase.GRAD_SYNC))
         worker.session = worker.session.prepare()
 
         worker.turn_to(Activity.VOTE)
         self.strike(FaultPhase.VOTE)
-        vote = self._vote(loss_sum, batch)
+        vote = self._vote(batch)
         worker.session = worker.session.hold_vote(vote)
         worker.commit(self.training, vote)
         return vote.pause > 0
 
-    def _vote(self, loss_sum: float, batch: ReplicaBatch) -> Vote:
+    def _vote(self, batch: ReplicaBatch) -> Vote:
         """The commit vote: whoever gets its result knows that every rank holds its gradients.
 
         One replica contributes the norm, each of whose atoms is thereby counted once; one slot of
@@ -157,7 +159,7 @@ class StepLoop:
         upper, lower = combine(batch.digests()) if tells_batch else (0, 0)
         mine = Vote(
             square_norm=square,
-            loss_sum=loss_sum if tells_loss else 0.0,
+            loss_sum=state.loss_sum if tells_loss else 0.0,
             tokens=float(batch.tokens) if tells_batch else 0.0,
             digest_upper=float(upper),
             digest_lower=float(lower),

@@ -25,6 +25,7 @@ class ShardState:
 
     `master`, `first_moment`, `second_moment` and `gradients` have the state's dtype; `parameters`
     has the model's, and is `master` itself where the two agree. All have ``shards.total`` elements.
+    `loss_sum` is the sum of the token losses whose gradients these are, where the loss is computed.
     `copied` are the elements of a tensor, named in `copies`, that another stage holds too and
     counts in norms and digests.
     """
@@ -48,6 +49,7 @@ class ShardState:
         self.first_moment = torch.zeros_like(self.master)
         self.second_moment = torch.zeros_like(self.master)
         self.gradients = torch.zeros_like(self.master)
+        self.loss_sum = 0.0
         self.copied = slice(0, 0)
         for placement in self.shards.placements:
             if placement.spec.name in copies:
@@ -59,6 +61,11 @@ class ShardState:
     def persistent(self) -> tuple[torch.Tensor, ...]:
         """What must survive a failure, in the order in which it travels."""
         return (self.master, self.first_moment, self.second_moment)
+
+    def clear_gradients(self) -> None:
+        """No sample has been computed yet."""
+        self.gradients.zero_()
+        self.loss_sum = 0.0
 
     def counted(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The elements of `flat`, or of its beginning, that are not `copied`, as two views."""

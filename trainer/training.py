@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic.plan import Plan, StateSource
 from elastic.worker import StepFigures
@@ -252,18 +252,33 @@ class Training:
         if self._current is not None:
             self._current.sync.abandon()
 
+    def begin_gradients(self, step: int) -> None:
+        """`step` begins, with the gradients that the plan keeps of it, or with none."""
+        plan, place, state = self.current.plan, self.current.place, self.current.state
+        if step != plan.resume_step or not plan.kept_from(place.replica):
+            state.clear_gradients()
+        elif place.stage > 0 and (tied := self._tied_gradient()) is not None:
+            # The first stage keeps the sum of both; adding it once more would count it twice.
+            tied.zero_()
+
     def sum_tied_gradients(self) -> None:
         """Give both stages that hold a tied weight the sum of its gradients in them.
 
         It comes before the boundary, as it is between stages of one replica: were it behind, a
         stage could wait for one that stopped at a lost replica.
         """
+        tied = self._tied_gradient()
+        if tied is not None:
+            self.current.passes.sum_tied(tied)
+
+    def _tied_gradient(self) -> Tensor | None:
+        """The gradient of a weight that another stage holds too; None where there is none."""
+        state = self.current.state
         if self._is_tied_across_stages:
-            state = self.current.state
             for placement in state.shards.placements:
                 if placement.spec.name == EMBEDDING:
-                    gradient = state.shards.tensor(state.gradients, placement)
-                    self.current.passes.sum_tied(gradient)
+                    return state.shards.tensor(state.gradients, placement)
+        return None
 
     def release(self) -> None:
         """Forget all shards: others go on without this worker."""

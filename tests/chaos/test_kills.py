@@ -44,6 +44,20 @@ def test_a_kill_in_each_phase_changes_nothing(
     assert phases == {"quiesce", "rebuild", "reshard", "resume"}
 
 
+def test_a_healthy_replica_keeps_the_gradients_of_the_step_in_flight(
+    tmp_path: Path, calm_run: Callable[[str], Run]
+) -> None:
+    (kill,) = kills([((1, 2), "forward")])
+    # So that the healthy replica still computes when it hears of the kill.
+    slow = {**kill, "target": {"replica": 0, "slot": 0}, "kind": "slow", "args": {"seconds": 2.0}}
+    del slow["heal_at_step"]
+    run = run_job(tmp_path / "killed", [kill, slow])
+    check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=1)
+    (plan,) = [each for each in run.journal if each["event"] == "plan" and each["redone"]]
+    assert (plan["resume_step"], plan["kept_samples"], plan["redone_samples"]) == (3, 4, 4)
+    assert (run.summary["redone_steps"], run.summary["redone_samples"]) == (1, 4)
+
+
 def test_float32_stays_close(tmp_path: Path, calm_run: Callable[[str], Run]) -> None:
     run = run_job(
         tmp_path / "killed", kills([((0, 1), "backward")]), overrides=["train.dtype=float32"]

@@ -267,6 +267,27 @@ def sequence_padding_counted() -> None:
     ForwardBackward._forward = forward  # type: ignore[method-assign]
 
 
+def salvaged_gradients_cleared() -> None:
+    """A step that is taken up again begins with nothing, as if it were redone."""
+
+    def clear(self: Training, step: int) -> None:
+        self.current.state.clear_gradients()
+
+    Training.begin_gradients = clear  # type: ignore[method-assign]
+
+
+def salvaged_tied_gradient_counted_twice() -> None:
+    """Both stages go on from the sum of a tied weight's gradients, and add them up again."""
+    begin, tied_gradient = Training.begin_gradients, Training._tied_gradient
+
+    def keep(self: Training, step: int) -> None:
+        Training._tied_gradient = lambda training: None  # type: ignore[method-assign]
+        begin(self, step)
+        Training._tied_gradient = tied_gradient  # type: ignore[method-assign]
+
+    Training.begin_gradients = keep  # type: ignore[method-assign]
+
+
 TRAPS: dict[str, Callable[[], None]] = {
     trap.__name__: trap
     for trap in (
@@ -285,6 +306,8 @@ TRAPS: dict[str, Callable[[], None]] = {
         pipeline_directions_mixed,
         tied_gradients_apart,
         sequence_padding_counted,
+        salvaged_gradients_cleared,
+        salvaged_tied_gradient_counted_twice,
     )
 }
 

@@ -1,14 +1,15 @@
 """Runs of the real worker and step loop through a story of losses and returns.
 
 The real planner, worker, step loop and optimizer run; only the agent is missing: `Line` stands in
-for the link to it and asks for a pause where the layout is to change.
+for the link to it. It asks for a pause where the layout is to change, or, where workers are lost in
+the middle of a step, tells the others to stop.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from elastic.messages import Quiesce, Quiesced, StepDone
 from elastic.node_workers import WorkerSpec
 from elastic.plan import Plan
 from elastic.planner import Situation, plan_generation
+from elastic.salvage import Salvage
 from elastic.session import Standing
 from elastic.topology import Coordinate, DeviceId, Member
-from elastic.worker import Worker
+from elastic.worker import StepAborted, Worker
+from ntp.pipeline import ForwardBackward
+from ntp.process_groups import is_connection_error
 from trainer.config import RunConfig
 from trainer.job import job_shape
 from trainer.loop import StepLoop
@@ -34,10 +38,24 @@ from trainer.loop import StepLoop
 
 @dataclass(frozen=True, slots=True)
 class Chapter:
-    """One generation: its plan, and the step at which the next one begins."""
+    """One generation: its plan, and the step before which the next one begins.
+
+    `lost` are the workers that are lost when they have begun this step; the others then stop behind
+    its backward pass.
+    """
 
     plan: Plan
     until: int
+    lost: tuple[Member, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """From `step` on these places are empty; `inside`: those that get lost do so in its middle."""
+
+    step: int
+    absent: tuple[Coordinate, ...]
+    inside: bool = False
 
 
 def story(
@@ -49,6 +67,14 @@ def story(
 
     A place that is filled again gets a new process. `split` overrides the planner's batch split.
     """
+    turns = [Turn(step, places) for step, places in sorted(({0: ()} | dict(absent)).items())]
+    return story_of(config, turns, split)
+
+
+def story_of(
+    config: RunConfig, turns: Sequence[Turn], split: tuple[int, ...] | None = None
+) -> list[Chapter]:
+    """Plans of a run that takes these turns, the first at step 0; see `story`."""
     job = job_shape(config)
     grid = [
         Coordinate(replica, stage, slot)
@@ -59,19 +85,32 @@ def story(
     history: dict[int, Plan] = {}
     incarnations = dict.fromkeys(grid, 0)
     workers: dict[Coordinate, Member] = {}
-    starts = sorted({0, *absent})
-    for generation, step in enumerate(starts, start=1):
-        before = dict(workers)
+    lost: list[tuple[Member, ...]] = []
+    for generation, turn in enumerate(turns, start=1):
+        step, before = turn.step, dict(workers)
         workers = {}
         for number, place in enumerate(grid):
-            if place not in absent.get(step, ()):
+            if place not in turn.absent:
                 incarnations[place] += place not in before
                 workers[place] = Member(DeviceId(0, number), incarnations[place])
+        gone = {place: member for place, member in before.items() if place not in workers}
+        lost.append(tuple(gone.values()) if turn.inside else ())
+        wounded = {place.replica for place in gone}
         answers = {
             member: Quiesced(
                 generation,
                 member,
-                Standing(place.slot_ref, step - 1, step - 1, step - 1, -1, None, generation - 1, 0)
+                Standing(
+                    place.slot_ref,
+                    committed=step - 1,
+                    begun=step if turn.inside else step - 1,
+                    prepared=step - 1,
+                    voted=-1,
+                    vote=None,
+                    layout_generation=generation - 1,
+                    pending_generation=0,
+                    kept=generation - 1 if turn.inside and place.replica not in wounded else 0,
+                )
                 if before.get(place) == member
                 else None,
                 before.get(place) == member,
@@ -87,10 +126,8 @@ def story(
         assert isinstance(plan, Plan), plan
         assert plan.resume_step == step
         history[generation] = replace(plan, batch_split=split) if split else plan
-    return [
-        Chapter(plan, until)
-        for plan, until in zip(history.values(), [*starts[1:], config.train.steps], strict=True)
-    ]
+    ends = [*(turn.step for turn in turns[1:]), config.train.steps]
+    return [Chapter(*each) for each in zip(history.values(), ends, [*lost[1:], ()], strict=True)]
 
 
 def members_of(chapters: list[Chapter]) -> list[Member]:
@@ -99,11 +136,11 @@ def members_of(chapters: list[Chapter]) -> list[Member]:
 
 
 class Line:
-    """The worker's link to nobody: keeps what is sent, and asks for a pause before step `until`."""
+    """The worker's link to nobody: keeps what is sent, and ends each chapter."""
 
     def __init__(self) -> None:
         self.done: list[StepDone] = []
-        self.until = 0
+        self.chapter: Chapter | None = None
         self._on_message: Callable[[Any], None] = lambda _message: None
 
     def start(self, on_message: Callable[[Any], None]) -> None:
@@ -116,8 +153,29 @@ class Line:
 
     def about_to_begin(self, step: int, generation: int) -> None:
         """Ask for a pause if `step` is the last before it: its vote carries the wish."""
-        if step == self.until - 1:
+        assert self.chapter is not None
+        if step == self.chapter.until - 1 and not self.chapter.lost:
             self._on_message(Quiesce(generation + 1, False, (), "the story goes on"))
+
+    def strikes(self, step: int) -> bool:
+        """Whether workers are lost in the middle of `step`."""
+        assert self.chapter is not None
+        return step == self.chapter.until and bool(self.chapter.lost)
+
+    def hears_late(self, member: Member, plan: Plan) -> bool:
+        """Whether `member` hears of a loss only behind its backward pass: every other one does,
+        unless its own replica is hit."""
+        assert self.chapter is not None
+        hit = {place.replica for place, other in plan.placement if other in self.chapter.lost}
+        mine = next(place.replica for place, other in plan.placement if other == member)
+        return mine not in hit and member.device.index % 2 > 0
+
+    def strike(self, member: Member, generation: int) -> None:
+        """`member` is lost, or hears of those who are."""
+        assert self.chapter is not None
+        if member in self.chapter.lost:
+            raise StepAborted("this worker is lost")
+        self._on_message(Quiesce(generation + 1, True, self.chapter.lost, "lost in a step"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +224,32 @@ def story_rank(
             snapshots.append(Snapshot(step, place, gradients, named(state.shards, state.master)))
 
     training.apply = apply_and_keep  # type: ignore[method-assign]
+    run = ForwardBackward.run
+
+    store = rank.store()
+
+    def run_and_tell(passes: ForwardBackward, *arguments: Any) -> float:
+        plan, step = worker.plan, worker.session.step
+        assert plan is not None
+        if not line.strikes(step):
+            return run(passes, *arguments)
+        # Whoever still were in the last vote would be another story.
+        store.set(f"{plan.generation} {member}", "computes")
+        store.wait([f"{plan.generation} {other}" for _, other in plan.placement])
+        if not line.hears_late(member, plan):
+            line.strike(member, plan.generation)
+            return run(passes, *arguments)
+        losses = run(passes, *arguments)
+        line.strike(member, plan.generation)
+        return losses
+
+    ForwardBackward.run = run_and_tell  # type: ignore[method-assign]
     worker.start()
     for number, chapter in enumerate(chapters):
         if member not in {a.member for a in chapter.plan.participants}:
             worker.leave(training)
             continue
-        line.until = chapter.until
+        line.chapter = chapter
         # Generations number the store's prefixes, and the store is that of all tests.
         layout_from = rank.generation + number if number else 0
         plan = replace(
@@ -179,10 +257,24 @@ def story_rank(
             generation=rank.generation + number + 1,
             source_generation=layout_from,
             rendezvous=rank.address,
+            salvage=_renumbered(chapter.plan.salvage, rank.generation),
         )
         if not worker.adopt(plan, training, at=steps.strike):
             continue
         line.about_to_begin(plan.resume_step, plan.generation)
-        steps.run()
+        try:
+            steps.run()
+        except Exception as error:
+            training.abandon()
+            if not isinstance(error, StepAborted) and not is_connection_error(error):
+                raise
+            worker.interrupted(error)
         assert worker.session.step == chapter.until
     return Told(line.done, snapshots)
+
+
+def _renumbered(salvage: Salvage | None, by: int) -> Salvage | None:
+    if salvage is None:
+        return None
+    kept = tuple(replace(each, generation=each.generation + by) for each in salvage.kept)
+    return replace(salvage, kept=kept)

@@ -15,6 +15,7 @@ from planted import TRAPS
 from test_dense_reference import CASES, check_case
 from test_gradient_sync import LAYOUTS, check_sync
 from test_reshard import LOST, check_stages, stages_of
+from test_salvage_equivalence import check_salvage
 from test_training_equivalence import check_training
 from test_uneven_layers import ACTIVE, STAGED, VARIANTS, check_layers
 
@@ -52,6 +53,14 @@ def tied(cluster: Cluster, trap: str | None) -> None:
     check_case(cluster, CASES["pp2_tied_sequence_parallel_recompute"], trap)
 
 
+def salvaged(cluster: Cluster, trap: str | None) -> None:
+    check_salvage(cluster, "second_failure", trap)
+
+
+def salvaged_tied(cluster: Cluster, trap: str | None) -> None:
+    check_salvage(cluster, "tied_across_stages", trap)
+
+
 PLANTED: list[tuple[str, Check]] = [
     ("row_parallel_flat_prefix", sync),
     ("row_parallel_flat_prefix", reshard),
@@ -71,6 +80,8 @@ PLANTED: list[tuple[str, Check]] = [
     ("pipeline_directions_mixed", staged("pp2_interleaved", (0, 1))),
     ("tied_gradients_apart", tied),
     ("sequence_padding_counted", staged("sequence_parallel", (0, 2, 3))),
+    ("salvaged_gradients_cleared", salvaged),
+    ("salvaged_tied_gradient_counted_twice", salvaged_tied),
 ]
 
 

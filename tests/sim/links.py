@@ -24,6 +24,10 @@ class Broken(RuntimeError):
     """A connection to a peer is gone, or a peer never appeared."""
 
 
+class StepAborted(RuntimeError):
+    """The step in flight was given up because a new generation was announced."""
+
+
 class Comm:
     """One communicator of one generation, made in the store at `rendezvous`.
 

@@ -43,6 +43,8 @@ class Luck:
 
     def reached(self, worker: SimWorker, point: str) -> None:
         """A worker's step came to a point."""
+        if point == "computing" and worker.gradient.goes_on:
+            self.happened("salvaging")
         step = worker.session.committed if point == "committed" else worker.session.step
         self._spring(point, step, worker)
 

@@ -65,7 +65,8 @@ class Oracle:
             }
         ]
         self._committed: dict[Member, int] = {}
-        self._prepared: dict[tuple[int, int], set[Member]] = {}
+        self._prepared: dict[tuple[int, int], dict[Member, tuple[int, ...]]] = {}
+        self._whole: set[tuple[int, int]] = set()
         self._announced = 1
         self._leader: str | None = None
         self._failed: dict[Member, int] = {}
@@ -190,7 +191,7 @@ class Oracle:
     def prepared(self, worker: SimWorker) -> None:
         """A worker holds its reduced gradients."""
         key = worker.generation, worker.session.step
-        self._prepared.setdefault(key, set()).add(worker.member)
+        self._prepared.setdefault(key, {})[worker.member] = tuple(worker.gradient.samples)
 
     def votes(self, worker: SimWorker) -> None:
         """A worker holds the vote of its step, and is about to commit."""
@@ -201,8 +202,11 @@ class Oracle:
         check(
             len(prepared) == len(plan.placement),
             "%s commits step %d of generation %d, for which only %s are prepared",
-            *(member, step, generation, prepared),
+            *(member, step, generation, list(prepared)),
         )
+        if (generation, step) not in self._whole:
+            self._check_batch(plan, step)
+            self._whole.add((generation, step))
         check(
             worker.answered <= generation,
             "%s commits in generation %d, but answered %d",
@@ -214,6 +218,24 @@ class Oracle:
                 "%s commits step %d in generation %d, but generation %d resumed before",
                 *(member, step, generation, newer),
             )
+
+    def _check_batch(self, plan: Plan, step: int) -> None:
+        """The workers of a replica have the same samples, and the replicas the batch together."""
+        prepared = self._prepared[plan.generation, step]
+        batch: list[int] = []
+        for replica, row in plan.rows().items():
+            samples = {prepared[member] for _, member in row}
+            self._clock.check(
+                len(samples) == 1,
+                "step %d: the slots of replica %d computed %s",
+                *(step, replica, samples),
+            )
+            batch += next(iter(samples))
+        self._clock.check(
+            sorted(batch) == list(range(self._shape.global_batch_size)),
+            "step %d was computed from the samples %s",
+            *(step, sorted(batch)),
+        )
 
     def committed(self, worker: SimWorker) -> None:
         """A worker committed: it is the next step of this process, and its values are right."""

@@ -34,6 +34,14 @@ class Groups:
         """Everybody in the stage."""
         return self.comms.get((GroupAxis.STAGE, (stage,)), self.world)
 
+    def replica_is_intact(self, plan: Plan | None) -> bool:
+        """Whether this member has the groups of its replica, as it sees them."""
+        groups = replica_groups(plan, self._member)
+        return bool(groups) and all(
+            (live := self.comms.get(key)) is not None and live.intact(self._member, names)
+            for key, names in groups.items()
+        )
+
     def sever(self, keep: Collection[GroupKey] = ()) -> None:
         """End all but these on this member's side."""
         for key, comm in self.comms.items():

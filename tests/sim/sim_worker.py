@@ -13,10 +13,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pieces
-from links import Broken, Comm
+from links import Broken, Comm, StepAborted
 from pieces import Values, mix
+from sim_gradient import Gradient
 from sim_groups import Groups, keepable, replica_groups
 from sim_process import Mailbox, Process, Task, Wait
+from sim_report import step_done
 
 from elastic.messages import (
     Adopt,
@@ -27,7 +29,6 @@ from elastic.messages import (
     Quiesced,
     Ready,
     RecoveryPhase,
-    StepDone,
     Stop,
     WorkerMessage,
 )
@@ -46,10 +47,6 @@ BUILD_SECONDS = 3.0
 Thread = Generator[Wait, Any, None]
 
 
-class StepAborted(RuntimeError):
-    """The step in flight was given up because a new generation was announced."""
-
-
 class SimWorker:
     """One process. `line` is called when it has written into `pipe`, to its agent."""
 
@@ -64,6 +61,7 @@ class SimWorker:
         self.session = Session()
         self.plan: Plan | None = None
         self.values: Values = {}
+        self.gradient = Gradient()
         self.pending: Values | None = None
         self.layout_generation = 0
         self.pending_generation = 0
@@ -75,6 +73,7 @@ class SimWorker:
         self._quiesce: Quiesce | None = None
         self._inbox = Mailbox()
         self._in_model = False
+        self._pending_gradient = Gradient()
         self.line = line
         self._building: Comm | None = None
         self._thread = Task(self.process, self._life())
@@ -121,7 +120,9 @@ class SimWorker:
             place = self.place
             tensor = self.groups.comms[GroupAxis.TENSOR, (place.replica, place.stage)]
             pipeline = self.groups.comms.get((GroupAxis.PIPELINE, (place.replica, place.slot)))
+            assert self.plan is not None
             self.session = self.session.start()
+            self.gradient.begin(self.clock, self.plan, place.replica, self.session.step)
             self._step_started = (self.generation, place.replica)
             self._in_model = True
             self.world.reached(self, "computing")
@@ -129,11 +130,17 @@ class SimWorker:
             if pipeline is not None:
                 yield pipeline.join(self.member)
             yield self._sleep(0.5)
+            # Backends differ in whether a sync that begins within backward reduces at once.
+            self.gradient.mixed = self.clock.seed % 2 == 0 and not self._stop_requested
             yield tensor.join(self.member)
             if pipeline is not None:
                 yield pipeline.join(self.member)
             self._in_model = False
+            self.gradient.complete()
+            if self.unmixed() and self._stop_requested:
+                self.session = self.session.keep(self.generation)
             self._check()
+            self.gradient.mixed = True
             yield from self._synchronize()
             self.session = self.session.prepare()
             self.oracle.prepared(self)
@@ -159,12 +166,10 @@ class SimWorker:
     def vote(self) -> Generator[Wait, Any, tuple[float, ...]]:
         """`trainer.loop`'s all-reduce over all ranks."""
         assert self.plan is not None
-        layout = self.plan.layout
-        position = [r.replica for r in layout.replicas].index(self.place.replica)
-        first = self.place.slot == layout.replicas[position].active[0]
+        first = self.place.slot == self.plan.layout.replica(self.place.replica).active[0]
         speaks = first and self.place.stage == 0
         pause = self._quiesce is not None and self._quiesce.generation > self.generation
-        mine = (float(self.plan.batch_split[position]) if speaks else 0.0, float(pause))
+        mine = (float(len(self.gradient.samples)) if speaks else 0.0, float(pause))
         given = yield self.groups.world.join(self.member, mine)
         return sum(each[0] for each in given), sum(each[1] for each in given)
 
@@ -204,8 +209,9 @@ class SimWorker:
         rank = [assignment.member for assignment in plan.participants].index(self.member)
         donates = rank >= len(plan.placement)
         yield self._sleep(0.1)
-        self._settle(plan)
-        self.place = plan.participants[rank].coordinate
+        place = plan.participants[rank].coordinate
+        self._settle(plan, place.replica)
+        self.place = place
         yield from self._build(plan, rank)
         self._check()
         digests = yield self.groups.meeting.join(self.member, self.world.digest(plan))
@@ -267,6 +273,8 @@ class SimWorker:
                 self.clock.check(not twice, "%s gets %s twice", slot, twice)
                 after |= gained
             self.pending = after
+            stays = bool(self.values) and self.held_at == self.place
+            self._pending_gradient = self.gradient.under(plan, slot.replica, stays)
 
     # What the training thread does between waits.
 
@@ -276,11 +284,11 @@ class SimWorker:
         self.groups.close()
 
     def _forget(self) -> None:
-        self.values, self.pending = {}, None
+        self.values, self.pending, self.gradient = {}, None, Gradient()
         self.plan, self.session = None, Session()
         self.layout_generation = self.pending_generation = 0
 
-    def _settle(self, plan: Plan) -> None:
+    def _settle(self, plan: Plan, replica: int) -> None:
         if plan.source_generation and plan.source_generation == self.pending_generation:
             self._promote()
             self.layout_generation = self.pending_generation
@@ -304,7 +312,11 @@ class SimWorker:
                 f"{self.member} is to apply step {self.session.step}, but is {self.session.point}",
             )
             self._commit(plan.apply_vote)
-        self.session = self.session.drop()
+        kept = plan.kept_from(replica) if has_state else 0
+        self.clock.check(
+            kept in (0, self.session.kept), "%s is told to keep what it lacks", self.member
+        )
+        self.session = self.session.drop(salvaged=kept > 0)
         self.clock.check(
             not has_state or self.session.committed == plan.resume_step - 1,
             "%s committed %d, to resume at %d",
@@ -320,29 +332,12 @@ class SimWorker:
             self.values[piece] = mix(value, step, vote[0])
         self.session = self.session.commit()
         self.oracle.committed(self)
-        now = self.clock.now
-        generation, replica = self._step_started
-        self._send(
-            StepDone(
-                generation=generation,
-                member=self.member,
-                replica=replica,
-                step=step,
-                loss=0.0,
-                grad_norm=0.0,
-                tokens=int(vote[0]),
-                sample_digest="",
-                sharded_digest=None,
-                replicated_digest=None,
-                started_at=now,
-                compute_seconds=0.5 + 0.3 * self.slot.replica,
-                at=now,
-            )
-        )
+        self._send(step_done(self.member, *self._step_started, step, vote, self.clock.now))
 
     def _promote(self) -> None:
         assert self.pending is not None
         self.values, self.pending = self.pending, None
+        self.gradient = self._pending_gradient
         self.held_at = self.place
 
     def _answer(self, quiesce: Quiesce) -> None:
@@ -352,11 +347,7 @@ class SimWorker:
             held = standing(
                 self.slot, self.session, self.layout_generation, self.pending_generation
             )
-        groups = replica_groups(self.plan, self.member)
-        intact = bool(groups) and all(
-            (live := self.groups.comms.get(key)) is not None and live.intact(self.member, names)
-            for key, names in groups.items()
-        )
+        intact = self.groups.replica_is_intact(self.plan)
         self._send(Quiesced(quiesce.generation, self.member, held, intact, self.clock.now))
 
     def _interrupted(self, error: Exception) -> None:
@@ -374,12 +365,18 @@ class SimWorker:
         in_barrier = self.pending_generation > 0
         return not in_vote and not in_barrier and not self._in_model
 
-    def _check(self) -> None:
-        quiesce = self._quiesce
-        if quiesce is not None and quiesce.urgent and quiesce.generation > self.generation:
-            raise StepAborted(quiesce.reason)
+    def unmixed(self) -> bool:
+        """Whether no other replica's gradients came into this worker's."""
+        return not self.gradient.mixed
 
-    # Small change.
+    @property
+    def _stop_requested(self) -> bool:
+        quiesce = self._quiesce
+        return quiesce is not None and quiesce.urgent and quiesce.generation > self.generation
+
+    def _check(self) -> None:
+        if self._stop_requested:
+            raise StepAborted("a new generation was announced")
 
     @property
     def generation(self) -> int:
@@ -402,5 +399,4 @@ class SimWorker:
         self._send(PhaseDone(self.generation, self.member, phase, self.clock.now))
 
     def _sleep(self, mean: float) -> Wait:
-        delay = mean * (0.5 + self.clock.rng.random())
-        return self.process.sleep(delay)
+        return self.process.sleep(mean * (0.5 + self.clock.rng.random()))

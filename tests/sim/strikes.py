@@ -62,8 +62,9 @@ class Strike:
     """Something bad that happens once, when its trigger comes.
 
     `trigger`: "time" (at `at` seconds), the name of a phase that a controller enters (for the
-    `at`-th time), a point of a step (in step `at`), or a kind of key that is written, or
-    deleted ("no ..."), for the `at`-th time. `seconds` is how long it lasts, where it passes.
+    `at`-th time), a point of a step (in step `at`), "salvaging" (the `at`-th time that a worker
+    goes on with a step from gradients that it kept), or a kind of key that is written, or deleted
+    ("no ..."), for the `at`-th time. `seconds` is how long it lasts, where it passes.
     """
 
     trigger: str
@@ -89,6 +90,10 @@ def new_strikes(rng: Random, steps: int) -> list[Strike]:
         trigger = rng.choice(_BUSY)
         at, delay, seconds = rng.randint(1, 3), 0.1 * rng.random(), 8.0 * rng.random()
         strikes.append(Strike(trigger, at, kind, 1, delay, seconds))
+    if rng.random() < 0.4:
+        # Somebody is lost in a step that goes on from what is left of its last attempt.
+        at, delay = rng.randint(1, 6), 0.8 * rng.random()
+        strikes.append(Strike("salvaging", at, Kind.KILL, 1, delay, 0.5))
     return strikes
 
 

@@ -29,6 +29,7 @@ def test_all_invariants_hold_for_all_seeds() -> None:
         assert outcomes["completed"] > 0.6 * len(ended), outcomes
         assert outcomes["halted"] > 0, outcomes
         assert sum(each.generations for each in ended) > 2 * len(ended)
+        assert sum(each.salvages for each in ended) > 0.1 * len(ended)
         assert sum(each.leaders for each in ended) > 1.3 * len(ended)
 
 

@@ -11,12 +11,13 @@ import sim_candidate
 from clock import Violation
 from links import Broken
 from sim_agent import Life, SimAgent
+from sim_gradient import Gradient
 from sim_process import Wait
 from sim_store import SimStore
 from sim_worker import SimWorker
 from world import World
 
-from elastic import degrees, moves, placement, planner
+from elastic import degrees, kept_gradients, moves, placement, planner
 from elastic.adoption import Adoption
 from elastic.controller import Controller
 from elastic.effects import Effect, Phase
@@ -274,6 +275,36 @@ def test_a_draining_node_that_is_used_again_is_found(monkeypatch: pytest.MonkeyP
 def test_a_quarantined_device_that_is_used_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Job, "_kept_out", lambda job, now: frozenset())
     assert "which were to be avoided" in first_violation()[0]
+
+
+def test_gradients_that_are_kept_although_a_sync_began_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SimWorker, "unmixed", lambda worker: True)
+    assert "spoiled gradients" in first_violation()[0]
+
+
+def test_a_replica_that_keeps_what_some_of_it_lost_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def anybody(row: Any, claims: Any) -> int:
+        return max(claims.get(member, 0) for _, member in row)
+
+    monkeypatch.setattr(kept_gradients, "_claim", anybody)
+    assert "told to keep" in first_violation()[0]
+
+
+def test_gradients_that_are_cleared_although_they_count_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forget(gradient: Gradient, *arguments: Any) -> None:
+        begin(gradient, *arguments)
+        gradient.samples = []
+
+    begin = Gradient.begin
+    monkeypatch.setattr(Gradient, "begin", forget)
+    found = first_violation()[0]
+    assert "computed from the samples" in found or "had" in found
 
 
 def test_a_violation_tells_its_story_and_how_to_rerun_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,11 +44,15 @@ SPARES = (0, 0, 0, 1, 2)
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a simulated run ended. `leaders` counts the terms of leaders."""
+    """How a simulated run ended.
+
+    `salvages` counts the plans that keep gradients of a step, `leaders` the terms of leaders.
+    """
 
     outcome: str
     reason: str
     generations: int
+    salvages: int
     leaders: int
     at: float
 
@@ -93,6 +97,7 @@ class World:
             finished.outcome,
             finished.reason,
             max(self.oracle.plans, default=0),
+            sum(plan.salvage is not None for plan in self.oracle.plans.values()),
             self._terms,
             clock.now,
         )

@@ -100,6 +100,11 @@ def prepared(step: int) -> Session:
     return committed(step - 1).start().prepare()
 
 
+def keeping(step: int, generation: int) -> Session:
+    """A session that stopped behind the backward of `step`, whose gradients it keeps."""
+    return committed(step - 1).start().keep(generation)
+
+
 def failure_of(member: Member, *, at: float, hang: bool = False) -> FailureEvent:
     signal = (
         StoppedAnswering(member.device, member.incarnation, "stop", 10.0)

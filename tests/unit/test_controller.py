@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scenes import LIMITS, Stage, committed, failure_of, job_shape, prepared
+from scenes import LIMITS, Stage, committed, failure_of, job_shape, keeping, prepared
 
 from elastic.controller import _TABLE, ProtocolError
 from elastic.effects import (
@@ -454,6 +454,23 @@ def device_that_flaps() -> Stage:
     return stage
 
 
+def step_salvaged_twice() -> Stage:
+    stage = running()
+    stage.steps(2)
+    healthy = [stage.member(1, 0), stage.member(1, 1)]
+    stage.failed(stage.member(0, 1))
+    stage.answers({stage.member(0, 0): committed(2)} | {m: keeping(3, 1) for m in healthy})
+    assert stage.plan.salvage is not None and stage.plan.salvage.kept_samples == 4
+    stage.phases(RecoveryPhase.REBUILD)
+    # The rest of replica 0 is lost before anybody went on with the step.
+    stage.failed(stage.member(0, 0))
+    stage.answers({m: keeping(3, 1).drop(salvaged=True) for m in healthy})
+    assert stage.plan.salvage is not None and stage.plan.salvage.shares == (4,)
+    stage.phases()
+    stage.steps(3)
+    return stage
+
+
 SCENARIOS = (
     start,
     kill_and_return,
@@ -480,6 +497,7 @@ SCENARIOS = (
     drain_that_waits_for_others,
     node_that_drains_before_the_start,
     device_that_flaps,
+    step_salvaged_twice,
 )
 
 

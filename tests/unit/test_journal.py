@@ -30,6 +30,7 @@ SUMMARY_FIELDS = [
     "committed_steps",
     "lost_steps",
     "redone_steps",
+    "redone_samples",
     "generations",
     "failures",
     "final_loss",
@@ -194,5 +195,6 @@ def plan_fields(generation: int) -> dict[str, Any]:
         "action": "CONTINUE",
         "reason": "start",
         "redone": False,
+        "redone_samples": 0,
         "lost_steps": 0,
     }

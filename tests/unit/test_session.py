@@ -90,6 +90,18 @@ def test_a_dropped_step_is_redone_and_forgets_nothing(point: StepPoint) -> None:
     assert replace(dropped, point=session.point) == session
 
 
+def test_gradients_are_kept_from_behind_backward_to_the_next_attempt() -> None:
+    stopped = at(StepPoint.COMPUTING, committed=2).keep(7)
+    assert standing(SlotRef(1, 0), stopped, 7, 0).kept == 7
+    salvaged = stopped.drop(salvaged=True)
+    assert (salvaged.kept, salvaged.step, salvaged.point) == (7, 3, StepPoint.IDLE)
+    assert salvaged.start().kept == 0, "what is added to gradients is not complete before the end"
+    assert stopped.drop().kept == 0
+    for point in (StepPoint.IDLE, StepPoint.PREPARED, StepPoint.VOTED):
+        with pytest.raises(SessionError, match="keep"):
+            at(point).keep(7)
+
+
 @pytest.mark.parametrize(
     ("point", "begun", "prepared", "voted"),
     [

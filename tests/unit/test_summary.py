@@ -8,7 +8,14 @@ import pytest
 
 from elastic.summary import summarize
 
-PLAN = {"event": "plan", "lost_steps": 0, "redone": False, "action": "CONTINUE", "reason": "start"}
+PLAN = {
+    "event": "plan",
+    "lost_steps": 0,
+    "redone": False,
+    "redone_samples": 0,
+    "action": "CONTINUE",
+    "reason": "start",
+}
 
 
 def plan(generation: int, **changes: Any) -> dict[str, Any]:
@@ -52,6 +59,7 @@ def test_an_empty_run_has_a_summary_that_claims_nothing() -> None:
         "committed_steps": 0,
         "lost_steps": 0,
         "redone_steps": 0,
+        "redone_samples": 0,
         "generations": 0,
         "failures": [],
         "final_loss": None,
@@ -67,7 +75,7 @@ def test_a_failure_is_answered_by_the_next_plan_and_over_with_its_first_step() -
         plan(1),
         resumed(1, 10.0),
         failure(),
-        plan(2, action="REDUCE_TP", reason="slot 1", redone=True),
+        plan(2, action="REDUCE_TP", reason="slot 1", redone=True, redone_samples=5),
         resumed(2, 13.5),
     ]
     steps = [step(0), step(1), step(2, generation=2, seconds=2.5)]
@@ -86,6 +94,7 @@ def test_a_failure_is_answered_by_the_next_plan_and_over_with_its_first_step() -
         }
     ]
     assert (summary["redone_steps"], summary["lost_steps"], summary["generations"]) == (1, 0, 2)
+    assert summary["redone_samples"] == 5
     assert summary["final_loss"] == 1.0
 
 

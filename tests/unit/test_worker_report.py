@@ -48,7 +48,7 @@ def test_the_report_says_how_long_the_step_took_up_to_the_boundary(
     clock = iter([10.0, 12.5])
     monkeypatch.setattr(worker_module.time, "perf_counter", lambda: next(clock))
     worker.begin_step()
-    worker.reach_boundary()
+    worker.reach_boundary(unmixed=False)
     worker.session = worker.session.prepare().hold_vote(VOTE)
     worker.commit(Nothing(), VOTE)  # type: ignore[arg-type]
     (report,) = wire.sent
