@@ -12,8 +12,9 @@ Events go in with the time, effects come out; the driver performs them. The mach
     HALTED      nothing could be done; the reason says why
 
 A failure of a placed worker in any phase but the last two announces the next generation, whatever
-the present one was doing. The job starts as a generation 1 for which everybody is awaited and
-nobody has to stop.
+the present one was doing. While RUNNING, so does a worker that could take a place, and a node that
+is to be left; both let the step in flight end. The job starts as a generation 1 for which everybody
+is awaited and nobody has to stop.
 
 Everything that the machine decides is written to the store before anybody acts on it, so another
 controller can go on from what is recorded there (`begin`), in whatever phase this one was lost.

@@ -57,7 +57,8 @@ class Job:
         self._progress_at_announcement = -1
         self._judged: tuple[int, _There] = (0, (0, frozenset()))
         self._drain_judged = self._judged[1]
-        self._in_use: tuple[tuple[int, bool], frozenset[int]] = ((0, False), frozenset())
+        self._ran = 0
+        self._in_use: tuple[tuple[int, int], frozenset[int]] = ((0, 0), frozenset())
 
     @property
     def plan(self) -> Plan | None:
@@ -72,7 +73,7 @@ class Job:
     def involved(self) -> set[Member]:
         """Who must live for the newest plan: until it runs, its donors too."""
         plan = self.plan
-        if plan is None or self.phase is Phase.RUNNING:
+        if plan is None or plan.generation == self._ran:
             return self.placed()
         return {assignment.member for assignment in plan.participants}
 
@@ -199,6 +200,7 @@ class Job:
         fields = {"generation": note.generation, "phase": note.phase, "done_at": done_at}
         effects: list[Effect] = [Note("phase_done", fields)]
         if self.phase is Phase.RUNNING:
+            self._ran = note.generation
             effects.append(Note("running", {"generation": note.generation}))
         return effects
 
@@ -241,13 +243,14 @@ class Job:
         draining = self.members.draining
         if not draining or self.phase in (Phase.COMPLETED, Phase.HALTED):
             return []
-        # Asked with every event, and the same as long as the plan is and nobody passed its barrier.
-        known = (max(self.plans, default=0), self.phase is Phase.RUNNING)
+        # Asked with every event, and the same until there is another plan or the newest one runs.
+        known = (max(self.plans, default=0), self._ran)
         if known != self._in_use[0]:
             self._in_use = known, frozenset(member.device.node for member in self.involved())
+        meeting_at = self.plan.rendezvous if self.plan and known[0] != self._ran else None
         effects: list[Effect] = []
         for agent in draining:
-            if agent.node not in self._in_use[1]:
+            if agent.node not in self._in_use[1] and agent.rendezvous != meeting_at:
                 self.members.dismiss(agent.node, agent.life)
                 effects.append(Send(Leave(agent.node, agent.life)))
                 effects.append(Note("drained", {"node": agent.node}))

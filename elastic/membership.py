@@ -111,6 +111,10 @@ class Membership:
 
     @property
     def rendezvous(self) -> str:
-        """host:port of the rendezvous store to use: that of the first node with a ready worker."""
-        nodes = sorted({device.node for device in self._ready} & set(self._agents))
-        return self._agents[nodes[0]].rendezvous if nodes else ""
+        """host:port of the rendezvous store to use: that of the first node with a ready worker,
+        if possible of one that stays."""
+        nodes = {device.node for device in self._ready} & self._agents.keys()
+        if not nodes:
+            return ""
+        node = min(nodes - self._draining.keys() or nodes)
+        return self._agents[node].rendezvous

@@ -395,6 +395,25 @@ def worker_lost_while_the_node_with_its_copy_drains() -> Stage:
     return stage
 
 
+def device_that_returns_while_a_node_drains() -> Stage:
+    stage = running()
+    lost = stage.member(0, 0)
+    stage.failed(lost)
+    stage.answers({m: committed(3) for m in stage.placed if m != lost})
+    stage.phases()
+    stage.drains(1)
+    stage.answers({m: committed(4) for m in stage.placed})
+    stage.returns(0, 0, 2)
+    stage.phases()
+    # The next generation is announced with the same event, and does not hold node 1 up.
+    assert stage.controller.generation == 4 and stage.controller.phase is Phase.QUIESCING
+    assert Send(Leave(1, 1)) in stage.effects
+    back: dict[Member, Session | None] = {stage.member(0, 0, 2): None}
+    stage.answers({m: committed(5) for m in stage.placed} | back)
+    assert {m.device.node for m in stage.placed} == {0} and stage.plan.rendezvous == "node0:7"
+    return stage
+
+
 def draining_node_that_is_lost() -> Stage:
     stage = running()
     stage.drains(1)
@@ -493,6 +512,7 @@ SCENARIOS = (
     store_outage_while_quiescing,
     node_that_drains_and_returns,
     worker_lost_while_the_node_with_its_copy_drains,
+    device_that_returns_while_a_node_drains,
     draining_node_that_is_lost,
     drain_that_waits_for_others,
     node_that_drains_before_the_start,
