@@ -91,8 +91,6 @@ class Controller:
             self._job.members.record(record)
         for failed in recorded.failures:
             self._job.members.remove(failed.member)
-        placed = self._job.placed()
-        self._job.committed = {m: step for m, step in self._job.committed.items() if m in placed}
         effects: list[Effect] = [
             self._job.failure_note(failed)
             for failed in recorded.failures
@@ -161,7 +159,7 @@ class Controller:
     @property
     def committed(self) -> Mapping[Member, int]:
         """The last step that each placed worker is known to have committed."""
-        return self._job.committed
+        return self._job.commits.steps
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event; returns the effects in the order in which they must be performed."""
@@ -236,7 +234,7 @@ class Controller:
         for note in event.notes:
             match note:
                 case StepDone():
-                    job.committed[note.member] = note.step
+                    job.commits.take(note.member, note.step)
                     job.pace.take(note)
                 case PhaseDone() if note.generation == job.generation:
                     effects += job.phase_done(note)

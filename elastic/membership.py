@@ -21,6 +21,8 @@ class Membership:
         self.changes = 0
         self._devices = frozenset(devices)
         self._ready: dict[DeviceId, Member] = {}
+        self._preferred = frozenset(homes.values())
+        self._missing = set(self._preferred)
         self._gone: set[Member] = set()
         self._agents: dict[int, AgentRecord] = {}
 
@@ -37,6 +39,7 @@ class Membership:
             is_new = member not in self._gone and self._ready.get(member.device) != member
             if is_new and member.device in self._devices:
                 self._ready[member.device] = member
+                self._missing.discard(member.device)
                 self.changes += 1
         return ended
 
@@ -45,6 +48,8 @@ class Membership:
         self._gone.add(member)
         if self._ready.get(member.device) == member:
             del self._ready[member.device]
+            if member.device in self._preferred:
+                self._missing.add(member.device)
             self.changes += 1
 
     def remove_node(self, node: int) -> set[Member]:
@@ -63,9 +68,14 @@ class Membership:
         """The ready workers themselves."""
         return set(self._ready.values())
 
+    @property
+    def complete(self) -> bool:
+        """Whether every device that places prefer has a ready worker."""
+        return not self._missing
+
     def missing(self) -> list[DeviceId]:
         """Devices without a ready worker that places prefer."""
-        return [device for device in self.homes.values() if device not in self._ready]
+        return sorted(self._missing)
 
     @property
     def rendezvous(self) -> str:
