@@ -17,7 +17,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from elastic.keys import agent_key, decode, encode, job_prefix, key_of, life_key
+from elastic.keys import agent_key, decode, encode, job_prefix, key_of, life_key, whole_plan_key
 from elastic.leadership import create_when_free
 from elastic.messages import (
     Adopt,
@@ -30,8 +30,10 @@ from elastic.messages import (
     NodeProgress,
     NodeReport,
     PhaseDone,
+    PlanChange,
     Quiesce,
     Quiesced,
+    Ready,
     StepDone,
     Stop,
     StoreMessage,
@@ -39,6 +41,7 @@ from elastic.messages import (
     WorkerStatus,
 )
 from elastic.node_workers import NodeSpec, NodeWorkers
+from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.rendezvous import RendezvousServer
 from elastic.spawn import Spawner
 from elastic.store import AlreadyExists, Change, Lease, LeaseLost, Store
@@ -96,7 +99,8 @@ class _Life:
         self._number = 0
         self._rendezvous_address = ""
         self._announced = 0
-        self._held: list[Adopt] = []
+        self._held: list[Adopt | PlanChange] = []
+        self._plans = PlanChain()
         self._answers = _Answers()
         self._notes: list[Word] = []
         self._statuses: dict[Member, WorkerStatus] = {}
@@ -122,6 +126,7 @@ class _Life:
             seen = await self._store.get_prefix(prefixes[0])
             for key, value in seen.values.items():
                 self._catch_up(decode(job, key, value))
+            self._plans = await _read_plans(self._store, job)
             watches = [self._store.watch(each, after=seen.revision) for each in (*prefixes, own)]
             tasks += [asyncio.create_task(self._listen(changes)) for changes in watches]
             tasks.append(asyncio.create_task(self._write(lease)))
@@ -169,9 +174,9 @@ class _Life:
             match decode(self._spec.job, change.key, change.value):
                 case Quiesce() as quiesce:
                     self._announce(quiesce)
-                case Adopt() as adopt:
+                case (Adopt() | PlanChange()) as plan:
                     # Plans are watched apart from announcements, and may be told before them.
-                    self._held.append(adopt)
+                    self._held.append(plan)
                     self._pass_plans_on()
                 case Fence() as fence:
                     self._fence(fence)
@@ -194,10 +199,11 @@ class _Life:
         self._pass_plans_on()
 
     def _pass_plans_on(self) -> None:
-        due = [each for each in self._held if each.plan.generation <= max(1, self._announced)]
-        self._held = [each for each in self._held if each not in due]
-        for adopt in due:
-            self._workers.tell(adopt)
+        announced = max(1, self._announced)
+        while self._held and generation_of(self._held[0]) <= announced:
+            plan = self._held.pop(0)
+            if self._plans.take(plan):
+                self._workers.tell(plan)
 
     def _fence(self, fence: Fence) -> None:
         member = fence.member
@@ -221,6 +227,10 @@ class _Life:
                         self._answers.given.append(message)
                         self._answers.awaited.discard(member)
                         self._answer_if_complete()
+                case Ready():
+                    if (plan := self._plans.newest()) is not None:
+                        # It does not place this worker, but the next one is a change to it.
+                        self._workers.tell(Adopt(plan), only=member)
                 case PhaseDone() | ConnectionLost() | StepDone() | FaultFired():
                     if not self._notes:
                         self._outbox.put_nowait(None)
@@ -288,6 +298,15 @@ async def _next_life(store: Store, job: str, node: int) -> int:
         except AlreadyExists:
             continue
         return number
+
+
+async def _read_plans(store: Store, job: str) -> PlanChain:
+    """Those that were published so far."""
+    found = await store.get_prefix(f"{job_prefix(job)}plan/")
+    # Read after the changes, so that none of those that follow it is missing.
+    whole = await store.get(whole_plan_key(job))
+    values = found.values | ({whole_plan_key(job): whole} if whole is not None else {})
+    return chain_of(decode(job, key, value) for key, value in values.items())
 
 
 async def _until_lost(lease: Lease) -> None:

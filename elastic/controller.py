@@ -148,7 +148,7 @@ class Controller:
 
     @property
     def plans(self) -> Mapping[int, Plan]:
-        """All plans of the job, by generation; the same object all along."""
+        """The last plans of the job, by generation; the same object all along."""
         return self._job.plans
 
     @property

@@ -20,8 +20,10 @@ from elastic.messages import (
     NodeAlive,
     NodeProgress,
     NodeReport,
+    PlanChange,
     Quiesce,
     Stop,
+    WholePlan,
 )
 
 
@@ -91,7 +93,7 @@ class Note:
 class Send:
     """Effect: write a message to the store under the key that belongs to it."""
 
-    message: Quiesce | Adopt | Fence | Stop
+    message: Quiesce | Adopt | PlanChange | WholePlan | Fence | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,13 @@ class ForgetNode:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetPlan:
+    """Effect: delete a plan that nobody can need any more."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Effect: the job is over."""
 
@@ -109,7 +118,7 @@ class Finish:
     reason: str
 
 
-Effect = Note | Send | ForgetNode | Finish
+Effect = Note | Send | ForgetNode | ForgetPlan | Finish
 
 
 @dataclass(frozen=True, slots=True)

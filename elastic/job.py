@@ -11,12 +11,13 @@ from operator import itemgetter
 
 from elastic.adoption import Adoption
 from elastic.commit_log import CommitLog
-from elastic.effects import Effect, Finish, Limits, Note, Phase, Send
+from elastic.effects import Effect, Finish, ForgetPlan, Limits, Note, Phase, Send
 from elastic.membership import Membership
-from elastic.messages import Adopt, Failed, PhaseDone, Quiesce, RecoveryPhase, Stop
+from elastic.messages import Failed, PhaseDone, Quiesce, RecoveryPhase, Stop, WholePlan
 from elastic.notes import failure_note, plan_note
 from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan
+from elastic.plan_chain import KEPT_PLANS, publication
 from elastic.planner import JobShape, Situation, home_devices, newcomers, plan_generation
 from elastic.quiescence import Quiescence
 from elastic.recorded import Recorded
@@ -24,7 +25,7 @@ from elastic.topology import DeviceId, Member
 
 
 class Job:
-    """The job. `plans` are those of all generations, `commits` the last step of each worker."""
+    """The job. `plans` are those of the last generations, `commits` who committed what."""
 
     def __init__(
         self,
@@ -131,13 +132,14 @@ class Job:
         alive = self.members.alive()
         steps = self.commits.steps
         committed = max((steps[m] for m in alive & steps.keys()), default=-1)
+        published = publication(self.plans, plan)
         self.plans[self.generation] = plan
         self._placed, self._participants = _members(plan)
         self.phase = Phase.REBUILDING
         self.adoption = Adoption(self.generation, self.involved())
         held = {m: each.standing.committed for m, each in answers.items() if each.standing}
         self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
-        effects: list[Effect] = [Send(Adopt(plan))]
+        effects: list[Effect] = [Send(published)]
         if answers:
             stopped_at = max(answer.at for answer in answers.values())
             quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
@@ -168,6 +170,18 @@ class Job:
         effects: list[Effect] = [Note("phase_done", fields)]
         if self.phase is Phase.RUNNING:
             effects.append(Note("running", {"generation": note.generation}))
+            effects += self._forget_plans()
+        return effects
+
+    def _forget_plans(self) -> list[Effect]:
+        """Everybody runs the newest plan: the oldest ones have become too many."""
+        if len(self.plans) < 2 * KEPT_PLANS:
+            return []
+        old, (oldest, *_) = list(self.plans)[:-KEPT_PLANS], list(self.plans)[-KEPT_PLANS:]
+        effects: list[Effect] = [Send(WholePlan(self.plans[oldest]))]
+        for generation in old:
+            del self.plans[generation]
+            effects.append(ForgetPlan(generation))
         return effects
 
     def grow_if_possible(self, now: float) -> list[Effect]:

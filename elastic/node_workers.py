@@ -148,11 +148,11 @@ class NodeWorkers:
         """Whether a device is lost that is to return at some step."""
         return any(device.heals_at is not None for device in self._devices.values())
 
-    def tell(self, message: AgentMessage) -> None:
-        """Send `message` to every ready worker."""
+    def tell(self, message: AgentMessage, only: Member | None = None) -> None:
+        """Send `message` to every ready worker, or to one."""
         encoded = msgspec.msgpack.encode(message)
         for process in self._running():
-            if process.ready:
+            if process.ready and only in (None, process.member):
                 # A process that died meanwhile is noticed by its sentinel.
                 with suppress(OSError):
                     process.child.connection.send_bytes(encoded)

@@ -27,6 +27,7 @@ from elastic.effects import (
     Event,
     Finish,
     ForgetNode,
+    ForgetPlan,
     NodeLost,
     Note,
     Outage,
@@ -43,6 +44,7 @@ from elastic.keys import (
     key_of,
     leader_key,
     node_of_agent,
+    plan_key,
     position_key,
 )
 from elastic.leadership import Leadership
@@ -54,6 +56,7 @@ from elastic.messages import (
     NodeAlive,
     NodeProgress,
     NodeReport,
+    PlanChange,
     Stop,
     StopWish,
 )
@@ -152,12 +155,14 @@ class Term:
         guard = self._leadership.guard
         for effect in effects:
             match effect:
-                case Send(Adopt() as adopt):
-                    await self._store.create(key_of(self._job, adopt), encode(adopt), guard=guard)
+                case Send((Adopt() | PlanChange()) as plan):
+                    await self._store.create(key_of(self._job, plan), encode(plan), guard=guard)
                 case Send(message):
                     await self._store.put(key_of(self._job, message), encode(message), guard=guard)
                 case ForgetNode(node):
                     await self._store.delete(agent_key(self._job, node), guard=guard)
+                case ForgetPlan(generation):
+                    await self._store.delete(plan_key(self._job, generation), guard=guard)
                 case Note():
                     self._recorder.observe(time.time(), effect)
                 case Finish():

@@ -14,7 +14,7 @@ from sim_process import Mailbox, Outcome, Process, Task, Wait
 from sim_store import SimLease, Told, create_when_free
 from sim_worker import SimWorker
 
-from elastic.keys import agent_key, job_prefix, key_of, life_key
+from elastic.keys import agent_key, job_prefix, key_of, life_key, whole_plan_key
 from elastic.messages import (
     Adopt,
     AgentMessage,
@@ -24,6 +24,7 @@ from elastic.messages import (
     NodeAlive,
     NodeProgress,
     NodeReport,
+    PlanChange,
     Quiesce,
     Quiesced,
     Ready,
@@ -31,6 +32,7 @@ from elastic.messages import (
     StoreMessage,
     WorkerStatus,
 )
+from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.store import AlreadyExists, LeaseLost
 from elastic.topology import DeviceId, Member
 from elastic.worker_status import Word, fresh_status, summed_up
@@ -102,7 +104,8 @@ class Life:
         self._incarnations = dict.fromkeys(agent.devices, 0)
         self._fenced: dict[Member, Signal] = {}
         self._announced = 0
-        self._held: list[Adopt] = []
+        self._held: list[Adopt | PlanChange] = []
+        self._plans = PlanChain()
         self._answering = 0
         self._awaited: set[Member] = set()
         self.given: list[Quiesced] = []
@@ -128,6 +131,9 @@ class Life:
                     self._announced = max(self._announced, message.generation)
                 elif isinstance(message, Stop):
                     return True
+            published, _ = yield store.get_prefix(process, PLANS)
+            whole = yield store.get(process, whole_plan_key(JOB))
+            self._plans = chain_of((*published.values(), whole))
             watches += [
                 store.watch(process, prefix, revision, self._told)
                 for prefix in (COMMANDS, PLANS, own)
@@ -164,8 +170,8 @@ class Life:
                     self._ended.decide(False)
             case Quiesce() as quiesce:
                 self._announce(quiesce)
-            case Adopt() as adopt:
-                self._held.append(adopt)
+            case (Adopt() | PlanChange()) as plan:
+                self._held.append(plan)
                 self._pass_plans_on()
             case Fence() as fence:
                 self._fence(fence)
@@ -182,17 +188,17 @@ class Life:
         self._pass_plans_on()
 
     def _pass_plans_on(self) -> None:
-        due = [each for each in self._held if each.plan.generation <= max(1, self._announced)]
-        self._held = [each for each in self._held if each not in due]
-        for adopt in due:
-            self._tell(adopt)
+        while self._held and generation_of(self._held[0]) <= max(1, self._announced):
+            plan = self._held.pop(0)
+            if self._plans.take(plan):
+                self._tell(plan)
 
-    def _tell(self, message: AgentMessage) -> None:
+    def _tell(self, message: AgentMessage, only: Member | None = None) -> None:
         clock = self._world.clock
         for worker in self.processes.values():
-            if worker.member not in self.ready:
+            if worker.member not in self.ready or only not in (None, worker.member):
                 continue
-            if isinstance(message, Adopt):
+            if isinstance(message, Adopt | PlanChange):
                 # A plan may be overtaken by the next announcement, but not by the next plan.
                 late = 2.0 * clock.rng.random() if clock.rng.random() < 0.2 else 0.0
                 worker.plan_due = max(worker.plan_due, clock.now + late)
@@ -230,6 +236,8 @@ class Life:
                 case Ready():
                     self.ready.add(worker.member)
                     self.changed()
+                    if (plan := self._plans.newest()) is not None:
+                        self._tell(Adopt(plan), only=worker.member)
                 case Quiesced():
                     if message.generation == self._answering:
                         self.given.append(message)

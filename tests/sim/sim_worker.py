@@ -23,6 +23,7 @@ from elastic.messages import (
     AgentMessage,
     ConnectionLost,
     PhaseDone,
+    PlanChange,
     Quiesce,
     Quiesced,
     Ready,
@@ -32,6 +33,7 @@ from elastic.messages import (
     WorkerMessage,
 )
 from elastic.plan import Plan
+from elastic.plan_chain import PlanChain
 from elastic.session import Session, StepPoint, standing
 from elastic.topology import Coordinate, Member
 from ntp.geometry import SlotRef
@@ -73,6 +75,7 @@ class SimWorker:
         self.place = self.held_at = Coordinate(0, 0, 0)
         self._step_started = (0, 0)
         self._quiesce: Quiesce | None = None
+        self._plans = PlanChain()
         self._inbox = Mailbox()
         self._in_model = False
         self.line = line
@@ -101,6 +104,11 @@ class SimWorker:
                 self.groups.sever(keepable(self.plan, self.member, message.lost))
                 if self._building is not None:
                     self._building.sever(self.member)
+        if isinstance(message, Adopt | PlanChange):
+            self._plans.take(message)
+            plan = self._plans.newest()
+            assert plan is not None
+            message = Adopt(plan)
         self._inbox.put(message)
 
     # The training thread.
