@@ -46,7 +46,7 @@ from elastic.rendezvous import RendezvousServer
 from elastic.spawn import Spawner
 from elastic.store import AlreadyExists, Change, Lease, LeaseLost, Store
 from elastic.topology import DeviceId, Member
-from elastic.worker_status import Word, fresh_status, summed_up
+from elastic.worker_status import Word, fresh_status, is_awaited, summed_up
 from health.classify import StoppedAnswering
 
 _log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class _Life:
         self._answers = _Answers()
         self._notes: list[Word] = []
         self._statuses: dict[Member, WorkerStatus] = {}
+        self._saying_later: asyncio.TimerHandle | None = None
         self._outbox: asyncio.Queue[StoreMessage | None] = asyncio.Queue()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -148,6 +149,8 @@ class _Life:
         finally:
             for task in tasks:
                 task.cancel()
+            if self._saying_later is not None:
+                self._saying_later.cancel()
             self._workers.kill_all()
             await asyncio.gather(*tasks, return_exceptions=True)
             await rendezvous.close()
@@ -232,11 +235,15 @@ class _Life:
                         # It does not place this worker, but the next one is a change to it.
                         self._workers.tell(Adopt(plan), only=member)
                 case PhaseDone() | ConnectionLost() | StepDone() | FaultFired():
-                    if not self._notes:
-                        self._outbox.put_nowait(None)
                     self._notes.append(message)
                     known = self._statuses.get(member, fresh_status(member))
                     self._statuses[member] = summed_up(known, message)
+                    if is_awaited(message):
+                        self._say_notes()
+                    elif self._saying_later is None:
+                        wait = self._spec.health.report_seconds
+                        loop = asyncio.get_running_loop()
+                        self._saying_later = loop.call_later(wait, self._say_notes)
                 case _:
                     continue
 
@@ -271,7 +278,16 @@ class _Life:
         if self._answers.generation and not self._answers.awaited:
             self._report_answers()
 
+    def _say_notes(self) -> None:
+        if self._saying_later is not None:
+            self._saying_later.cancel()
+            self._saying_later = None
+        if self._notes:
+            self._outbox.put_nowait(None)
+
     def _report_answers(self) -> None:
+        # Whoever plans the next generation knows all of this one.
+        self._say_notes()
         answers = self._answers
         report = NodeReport(answers.generation, self._spec.node, tuple(answers.given))
         self._outbox.put_nowait(report)
@@ -280,6 +296,8 @@ class _Life:
         while True:
             message = await self._outbox.get()
             if message is None:
+                if not self._notes:
+                    continue
                 # All that was said since the last write.
                 notes, self._notes = tuple(self._notes), []
                 statuses = tuple(self._statuses.values())

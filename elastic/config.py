@@ -151,6 +151,13 @@ class HealthConfig(Settings):
         description="Seconds that an agent's record in the store outlives it; then its node counts "
         "as lost. Etcd rounds up to whole seconds, at least two.",
     )
+    report_seconds: float = Field(
+        default=2.0,
+        gt=0,
+        description="Seconds for which an agent collects what its workers say and nobody waits for "
+        "(mostly that they committed a step, which two of the job's workers say at once), before "
+        "it writes that to the store.",
+    )
     leader_lease_seconds: float = Field(
         default=2.0,
         gt=0,

@@ -131,7 +131,8 @@ class StepDone(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     `sharded_digest` and `replicated_digest` are this rank's parts of its replica's weights digest,
     modulo 2**64; None where none is computed in this step. `started_at` is when this attempt began,
-    and `compute_seconds` how long it then took to the boundary before gradient sync.
+    and `compute_seconds` how long it then took to the boundary before gradient sync. `awaited`:
+    somebody waits for this report; all others may come later (`elastic.worker_status`).
     """
 
     generation: int
@@ -147,6 +148,7 @@ class StepDone(msgspec.Struct, frozen=True, tag=True, array_like=True):
     started_at: float
     compute_seconds: float
     at: float
+    awaited: bool = False
 
 
 class AgentRecord(msgspec.Struct, frozen=True, tag=True, array_like=True):

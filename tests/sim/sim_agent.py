@@ -35,7 +35,7 @@ from elastic.messages import (
 from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.store import AlreadyExists, LeaseLost
 from elastic.topology import DeviceId, Member
-from elastic.worker_status import Word, fresh_status, summed_up
+from elastic.worker_status import Word, fresh_status, is_awaited, summed_up
 from health.classify import ProcessExited, Signal, StoppedAnswering, classify
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ JOB = "job"
 COMMANDS = f"{job_prefix(JOB)}commands/"
 PLANS = f"{job_prefix(JOB)}plan/"
 LEASE_SECONDS = 3.0
+REPORT_SECONDS = 2.0
 INCARNATIONS_PER_LIFE = 1_000_000
 """As in `elastic.node_workers`, whose numbers tell the life of a worker's agent."""
 
@@ -247,8 +248,10 @@ class Life:
                     known = self._statuses.get(worker.member, fresh_status(worker.member))
                     self._statuses[worker.member] = summed_up(known, message)
                     self._notes.append(message)
-                    if len(self._notes) == 1:
+                    if is_awaited(message):
                         self._outbox.put(None)
+                    else:
+                        self._process.after(REPORT_SECONDS, self._outbox.put, None)
 
     def _spawn(self, device: DeviceId) -> None:
         if self._ended.is_decided or device in self.processes:
@@ -318,6 +321,7 @@ class Life:
             self._report_answers()
 
     def _report_answers(self) -> None:
+        self._outbox.put(None)
         self._outbox.put(NodeReport(self._answering, self.agent.node, tuple(self.given)))
 
     def _write(self, lease: SimLease) -> Generator[Wait, Any, None]:
@@ -325,6 +329,8 @@ class Life:
         while True:
             message: StoreMessage | None = yield self._outbox.get
             if message is None:
+                if not self._notes:
+                    continue
                 notes, self._notes = tuple(self._notes), []
                 message = NodeProgress(self.agent.node, notes, tuple(self._statuses.values()))
             under = lease if isinstance(message, AgentRecord) else None

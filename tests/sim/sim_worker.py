@@ -342,6 +342,7 @@ class SimWorker:
                 started_at=now,
                 compute_seconds=0.5 + 0.3 * self.slot.replica,
                 at=now,
+                awaited=step == self.world.shape.steps - 1 or self._speaks(),
             )
         )
 
@@ -395,6 +396,11 @@ class SimWorker:
     def slot(self) -> SlotRef:
         """This worker's slot, as the geometry of its stage names it."""
         return self.place.slot_ref
+
+    def _speaks(self) -> bool:
+        assert self.plan is not None
+        placement = self.plan.placement
+        return self.member in (placement[0].member, placement[-1].member)
 
     def _takes_part(self, plan: Plan) -> bool:
         return any(assignment.member == self.member for assignment in plan.participants)
