@@ -106,7 +106,7 @@ def decode(job: str, key: str, value: bytes) -> StoreMessage | None:
 def _path(message: StoreMessage) -> str:
     match message:
         case Quiesce():
-            return f"commands/quiesce/{message.generation}"
+            return "commands/quiesce"
         case Adopt():
             return f"plan/{message.plan.generation}"
         case PlanChange():
@@ -114,7 +114,7 @@ def _path(message: StoreMessage) -> str:
         case WholePlan():
             return "whole"
         case Fence():
-            return f"commands/fence/{message.member}"
+            return f"commands/fence/{message.member.device}"
         case Stop():
             return "commands/stop"
         case StopWish():
@@ -126,8 +126,8 @@ def _path(message: StoreMessage) -> str:
         case ComponentFault():
             return f"events/fault{message.fault}"
         case NodeAlive():
-            return f"alive/{message.generation}/{message.node}"
+            return f"alive/{message.node}"
         case NodeReport():
-            return f"reports/{message.generation}/{message.node}"
+            return f"reports/{message.node}"
         case NodeProgress():
             return f"progress/{message.node}"

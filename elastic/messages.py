@@ -4,6 +4,10 @@ Three conversations. Workers and their agent talk over a socket of the node. Age
 talk through the store: each struct says under which key it is written. The step and phase reports
 that only the journal needs travel the same way as all others; nobody waits for them.
 
+A key is mostly its author's or its subject's, and the next message of the kind replaces the last,
+so that a long job leaves no more keys than a short one. Plans are deleted when nobody can need them
+any more (`elastic.plan_chain`); failures and lives of agents, which are few, stay.
+
 Every message that could be late carries the generation it belongs to.
 
 They are encoded as arrays, as the names of their fields would be most of their bytes.
@@ -32,7 +36,7 @@ class RecoveryPhase(StrEnum):
 
 
 class Quiesce(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Controller: stop, generation `generation` is coming. Key ``commands/quiesce/<generation>``.
+    """Controller: stop, generation `generation` is coming. Key ``commands/quiesce``.
 
     `urgent`: somebody is lost, abort the step in flight; otherwise finish it first. `lost` are the
     members that are gone, so that a survivor knows which of its groups cannot complete.
@@ -62,7 +66,7 @@ class WholePlan(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Fence(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Controller: kill this process. Key ``commands/fence/<member>``."""
+    """Controller: kill this process. Key ``commands/fence/<device>``."""
 
     member: Member
     asked_to: str
@@ -198,14 +202,14 @@ class ComponentFault(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class NodeAlive(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Agent: it heard the announcement of `generation`. Key ``alive/<generation>/<node>``."""
+    """Agent: it heard the announcement of `generation`. Key ``alive/<node>``."""
 
     generation: int
     node: int
 
 
 class NodeReport(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Agent: its workers' answers to a quiesce. Key ``reports/<generation>/<node>``."""
+    """Agent: its workers' answers to a quiesce. Key ``reports/<node>``."""
 
     generation: int
     node: int
