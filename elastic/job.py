@@ -132,7 +132,7 @@ class Job:
         alive = self.members.alive()
         steps = self.commits.steps
         committed = max((steps[m] for m in alive & steps.keys()), default=-1)
-        published = publication(self.plans, plan)
+        published, before = publication(self.plans, plan), self.plan
         self.plans[self.generation] = plan
         self._placed, self._participants = _members(plan)
         self.phase = Phase.REBUILDING
@@ -145,7 +145,7 @@ class Job:
             quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
             effects.append(Note("phase_done", quiesced))
         lost_steps = max(0, committed + 1 - plan.resume_step)
-        return [*effects, plan_note(plan, self.shape.sizes, lost_steps)]
+        return [*effects, plan_note(plan, before, self.shape.sizes, lost_steps)]
 
     def _situation(self) -> Situation:
         return Situation(

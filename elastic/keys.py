@@ -27,6 +27,7 @@ AGENTS = "agents/"
 _MESSAGES = frozenset(
     {"commands", "plan", "whole", "agents", "events", "alive", "reports", "progress", "wishes"}
 )
+_DECODER: msgspec.msgpack.Decoder[StoreMessage] = msgspec.msgpack.Decoder(StoreMessage)
 _COMPRESSED = b"\x78"
 """How zlib's data begins, and no message, which is a map or an array."""
 COMPRESS_BYTES = 16_384
@@ -100,7 +101,7 @@ def decode(job: str, key: str, value: bytes) -> StoreMessage | None:
         return None
     if value[:1] == _COMPRESSED:
         value = zlib.decompress(value)
-    return msgspec.msgpack.decode(value, type=StoreMessage)  # type: ignore[no-any-return]
+    return _DECODER.decode(value)
 
 
 def _path(message: StoreMessage) -> str:

@@ -213,8 +213,11 @@ def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
     Nothing counts that a worker holds which idled since a plan that others adopted.
     """
     answers = situation.answers
-    empty = {member for member, answer in answers.items() if answer.standing is None}
-    held = [answer.standing for answer in answers.values() if answer.standing is not None]
+    empty = set[Member]()
+    held: list[Standing] = list(map(attrgetter("standing"), answers.values()))
+    if not all(held):
+        empty = {member for member, answer in answers.items() if answer.standing is None}
+        held = [standing for standing in held if standing is not None]
     generations = set(map(attrgetter("layout_generation"), held))
     newest = max(generations, default=0)
     if newest in situation.history and generations - {0, newest}:
@@ -230,7 +233,7 @@ def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
 def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
     """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
     answers, quarantined = situation.answers, situation.quarantined
-    lost = [each for each in source.placement if each.member not in answers]
+    lost = [each for each in source.placement if each[1] not in answers]
     if empty or quarantined:
         lost += [
             each
@@ -331,20 +334,22 @@ def _reshard(
         if new is None or slot not in new.active
     }
     sizes = total_sizes(shape.sizes)
-    # Stages mostly have the same holders, and then the same moves.
-    known: dict[frozenset[SlotRef], ReshardPlan] = {}
+    # Stages mostly have the same holders, and then the same moves. They are told apart by those
+    # that are not as everywhere else, which are few.
+    known: dict[tuple[frozenset[SlotRef], frozenset[SlotRef]], ReshardPlan] = {}
     plans: list[ReshardPlan] = []
     for stage in range(shape.stages):
         gone = {place.slot_ref for place, _ in lost if place.stage == stage}
         moving = {place.slot_ref for place, _ in movers if place.stage == stage}
-        placed = (everywhere - vacated - gone) | moving
-        if placed not in known:
+        odd = frozenset(gone - vacated), frozenset(moving)
+        if odd not in known:
+            placed = everywhere.difference(vacated, gone).union(moving)
             try:
-                known[placed] = plan_reshard(source.layout, layout, placed, sizes)
+                known[odd] = plan_reshard(source.layout, layout, placed, sizes)
             except NoHolder:
                 plans.append(plan_reshard(source.layout, layout, everywhere - gone, sizes))
                 continue
-        plans.append(known[placed])
+        plans.append(known[odd])
     return tuple(plans)
 
 
@@ -360,9 +365,10 @@ def _kept_replicas(
     other groups.
     """
     broken = {answer.member for answer in answers.values() if not answer.replica_groups_intact}
+    # Mostly none is, and then there is no need to look at everybody.
     return tuple(
         replica
         for replica, row in after.items()
         if row == before.get(replica) == source.get(replica)
-        and broken.isdisjoint(map(itemgetter(1), row))
+        and (not broken or broken.isdisjoint(map(itemgetter(1), row)))
     )

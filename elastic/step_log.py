@@ -115,10 +115,9 @@ class StepLog:
 
 def _replica_digests(plan: Plan, reports: Sequence[StepDone]) -> tuple[tuple[int, str], ...]:
     """Digest per replica all of whose slots reported theirs and agree on the replicated tensors."""
-    found = []
-    by_member = {report.member: report for report in reports}
-    for replica in plan.layout.replicas:
-        mates = [a for a in plan.placement if a.coordinate.replica == replica.replica]
+    found: list[tuple[int, str]] = []
+    by_member = {report.member: report for report in reports if report.sharded_digest is not None}
+    for replica, mates in plan.rows().items() if by_member else ():
         parts = {a.coordinate: by_member.get(a.member) for a in mates}
         sharded = [
             part.sharded_digest
@@ -132,8 +131,8 @@ def _replica_digests(plan: Plan, reports: Sequence[StepDone]) -> tuple[tuple[int
         }
         if len(replicated) > plan.stages:
             # Slots of one stage hold different norms: no digest can be right.
-            found.append((replica.replica, "differs-within-replica"))
+            found.append((replica, "differs-within-replica"))
             continue
         total = (sum(sharded) + sum(digest or 0 for _, digest in replicated)) % DIGEST_MODULUS
-        found.append((replica.replica, f"{total:016x}"))
+        found.append((replica, f"{total:016x}"))
     return tuple(found)
