@@ -37,19 +37,21 @@ class Adoption:
         self.generation = generation
         self.phase = Phase.REBUILDING
         self.suspicion: Suspicion | None = None
-        self._involved = frozenset(involved)
-        self._done: dict[RecoveryPhase, dict[Member, float]] = {}
+        everybody = frozenset(involved)
+        self._awaited = {phase: set(everybody) for phase in RecoveryPhase}
+        self._done_at = dict.fromkeys(RecoveryPhase, 0.0)
 
     def take(self, note: PhaseDone) -> float | None:
         """A worker finished a part; returns when the last one did, once all have."""
-        if note.member not in self._involved:
+        awaited = self._awaited[note.phase]
+        if note.member not in awaited:
             return None
-        done = self._done.setdefault(note.phase, {})
-        done[note.member] = note.at
-        if set(done) != self._involved:
+        awaited.discard(note.member)
+        self._done_at[note.phase] = max(self._done_at[note.phase], note.at)
+        if awaited:
             return None
         self.phase = _NEXT[note.phase]
-        return max(done.values())
+        return self._done_at[note.phase]
 
     def suspect(self, member: Member, deadline: float) -> None:
         """`member` lost a connection; only the first such loss counts."""

@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from elastic.keys import agent_key, decode, encode, job_prefix, key_of, life_key
+from elastic.keys import agent_key, decode, encode, job_prefix, key_of, life_key, whole_plan_key
 from elastic.leadership import create_when_free
 from elastic.messages import (
     Adopt,
@@ -36,8 +36,10 @@ from elastic.messages import (
     NodeProgress,
     NodeReport,
     PhaseDone,
+    PlanChange,
     Quiesce,
     Quiesced,
+    Ready,
     StepDone,
     Stop,
     StoreMessage,
@@ -46,11 +48,12 @@ from elastic.messages import (
     WorkerStatus,
 )
 from elastic.node_workers import NodeSpec, NodeWorkers
+from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.rendezvous import RendezvousServer
 from elastic.spawn import Spawner
 from elastic.store import AlreadyExists, Change, Lease, LeaseLost, Store
 from elastic.topology import DeviceId, Member
-from elastic.worker_status import Word, fresh_status, summed_up
+from elastic.worker_status import Word, fresh_status, is_awaited, summed_up
 from health.classify import StoppedAnswering
 
 _log = logging.getLogger(__name__)
@@ -136,10 +139,12 @@ class _Life:
         self._number = 0
         self._rendezvous_address = ""
         self._announced = 0
-        self._held: list[Adopt] = []
+        self._held: list[Adopt | PlanChange] = []
+        self._plans = PlanChain()
         self._answers = _Answers()
         self._notes: list[Word] = []
         self._statuses: dict[Member, WorkerStatus] = {}
+        self._saying_later: asyncio.TimerHandle | None = None
         self._outbox: asyncio.Queue[StoreMessage | None] = asyncio.Queue()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -162,6 +167,7 @@ class _Life:
             seen = await self._store.get_prefix(prefixes[0])
             for key, value in seen.values.items():
                 self._catch_up(decode(job, key, value))
+            self._plans = await _read_plans(self._store, job)
             watches = [self._store.watch(each, after=seen.revision) for each in (*prefixes, own)]
             tasks += [asyncio.create_task(self._listen(changes)) for changes in watches]
             tasks.append(asyncio.create_task(self._write(lease)))
@@ -184,6 +190,8 @@ class _Life:
         finally:
             for task in tasks:
                 task.cancel()
+            if self._saying_later is not None:
+                self._saying_later.cancel()
             self._workers.kill_all()
             await asyncio.gather(*tasks, return_exceptions=True)
             await rendezvous.close()
@@ -217,9 +225,9 @@ class _Life:
             match decode(self._spec.job, change.key, change.value):
                 case Quiesce() as quiesce:
                     self._announce(quiesce)
-                case Adopt() as adopt:
+                case (Adopt() | PlanChange()) as plan:
                     # Plans are watched apart from announcements, and may be told before them.
-                    self._held.append(adopt)
+                    self._held.append(plan)
                     self._pass_plans_on()
                 case Fence() as fence:
                     self._fence(fence)
@@ -246,10 +254,11 @@ class _Life:
         self._pass_plans_on()
 
     def _pass_plans_on(self) -> None:
-        due = [each for each in self._held if each.plan.generation <= max(1, self._announced)]
-        self._held = [each for each in self._held if each not in due]
-        for adopt in due:
-            self._workers.tell(adopt)
+        announced = max(1, self._announced)
+        while self._held and generation_of(self._held[0]) <= announced:
+            plan = self._held.pop(0)
+            if self._plans.take(plan):
+                self._workers.tell(plan)
 
     def _fence(self, fence: Fence) -> None:
         member = fence.member
@@ -282,14 +291,22 @@ class _Life:
                         self._answers.given.append(message)
                         self._answers.awaited.discard(member)
                         self._answer_if_complete()
+                case Ready():
+                    if (plan := self._plans.newest()) is not None:
+                        # It does not place this worker, but the next one is a change to it.
+                        self._workers.tell(Adopt(plan), only=member)
                 case PhaseDone() | ConnectionLost() | StepDone() | FaultFired():
                     if isinstance(message, FaultFired):
                         self._outbox.put_nowait(Struck(message.fault))
-                    if not self._notes:
-                        self._outbox.put_nowait(None)
                     self._notes.append(message)
                     known = self._statuses.get(member, fresh_status(member))
                     self._statuses[member] = summed_up(known, message)
+                    if is_awaited(message):
+                        self._say_notes()
+                    elif self._saying_later is None:
+                        wait = self._spec.health.report_seconds
+                        loop = asyncio.get_running_loop()
+                        self._saying_later = loop.call_later(wait, self._say_notes)
                 case _:
                     continue
 
@@ -325,7 +342,16 @@ class _Life:
         if self._answers.generation and not self._answers.awaited:
             self._report_answers()
 
+    def _say_notes(self) -> None:
+        if self._saying_later is not None:
+            self._saying_later.cancel()
+            self._saying_later = None
+        if self._notes:
+            self._outbox.put_nowait(None)
+
     def _report_answers(self) -> None:
+        # Whoever plans the next generation knows all of this one.
+        self._say_notes()
         answers = self._answers
         report = NodeReport(answers.generation, self._spec.node, tuple(answers.given))
         self._outbox.put_nowait(report)
@@ -334,6 +360,8 @@ class _Life:
         while True:
             message = await self._outbox.get()
             if message is None:
+                if not self._notes:
+                    continue
                 # All that was said since the last write.
                 notes, self._notes = tuple(self._notes), []
                 statuses = tuple(self._statuses.values())
@@ -352,6 +380,15 @@ async def _next_life(store: Store, job: str, node: int) -> int:
         except AlreadyExists:
             continue
         return number
+
+
+async def _read_plans(store: Store, job: str) -> PlanChain:
+    """Those that were published so far."""
+    found = await store.get_prefix(f"{job_prefix(job)}plan/")
+    # Read after the changes, so that none of those that follow it is missing.
+    whole = await store.get(whole_plan_key(job))
+    values = found.values | ({whole_plan_key(job): whole} if whole is not None else {})
+    return chain_of(decode(job, key, value) for key, value in values.items())
 
 
 async def _until_lost(lease: Lease) -> None:

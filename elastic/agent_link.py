@@ -2,7 +2,8 @@
 
 The training thread may be blocked inside a collective for as long as a dead peer's connection
 lives, so somebody else has to hear that it should stop. The reader hands every message to
-`on_message` first, in its own thread, and then queues it for the training thread.
+`on_message` first, in its own thread, and then queues it for the training thread. Plans are made
+whole before: they come as changes to the ones before, and this worker has those.
 
 If the agent is gone the worker must not outlive it: end of file ends the process.
 """
@@ -18,7 +19,8 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from elastic.messages import AgentMessage, WorkerMessage
+from elastic.messages import Adopt, AgentMessage, PlanChange, WorkerMessage
+from elastic.plan_chain import PlanChain
 
 
 class AgentLink:
@@ -29,6 +31,7 @@ class AgentLink:
         self._inbox: queue.SimpleQueue[AgentMessage] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._decoder = msgspec.msgpack.Decoder(AgentMessage)
+        self._plans = PlanChain()
 
     def start(self, on_message: Callable[[AgentMessage], None]) -> None:
         """Begin to read."""
@@ -54,9 +57,19 @@ class AgentLink:
             except (EOFError, OSError, msgspec.DecodeError):
                 os._exit(1)
             try:
+                message = self._whole(message)
                 on_message(message)
             except BaseException:
                 # A worker that no longer hears its agent must not live on.
                 traceback.print_exc()
                 os._exit(1)
             self._inbox.put(message)
+
+    def _whole(self, message: AgentMessage) -> AgentMessage:
+        """Raises ValueError for a plan that cannot be what its author had."""
+        if not isinstance(message, Adopt | PlanChange):
+            return message
+        self._plans.take(message)
+        plan = self._plans.newest()
+        assert plan is not None, "a plan was just taken"
+        return Adopt(plan)

@@ -157,6 +157,13 @@ class HealthConfig(Settings):
         description="Seconds that an agent which is to leave waits until its node's work is handed "
         "over; then it leaves anyway, and the node is lost. Kubernetes kills after 30 s.",
     )
+    report_seconds: float = Field(
+        default=2.0,
+        gt=0,
+        description="Seconds for which an agent collects what its workers say and nobody waits for "
+        "(mostly that they committed a step, which two of the job's workers say at once), before "
+        "it writes that to the store.",
+    )
     leader_lease_seconds: float = Field(
         default=2.0,
         gt=0,

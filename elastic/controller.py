@@ -96,8 +96,6 @@ class Controller:
         for failed in recorded.failures:
             members.remove(failed.member)
         self._job.probation.recall(recorded.failures, members.is_ready, now)
-        placed = self._job.placed()
-        self._job.committed = {m: step for m, step in self._job.committed.items() if m in placed}
         effects: list[Effect] = [
             self._job.failure_note(failed)
             for failed in recorded.failures
@@ -162,7 +160,7 @@ class Controller:
 
     @property
     def plans(self) -> Mapping[int, Plan]:
-        """All plans of the job, by generation; the same object all along."""
+        """The last plans of the job, by generation; the same object all along."""
         return self._job.plans
 
     @property
@@ -173,7 +171,7 @@ class Controller:
     @property
     def committed(self) -> Mapping[Member, int]:
         """The last step that each placed worker is known to have committed."""
-        return self._job.committed
+        return self._job.commits.steps
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take one event; returns the effects in the order in which they must be performed."""
@@ -260,7 +258,7 @@ class Controller:
         for note in event.notes:
             match note:
                 case StepDone():
-                    job.committed[note.member] = note.step
+                    job.commits.take(note.member, note.step)
                     job.pace.take(note)
                 case PhaseDone() if note.generation == job.generation:
                     effects += job.phase_done(note)

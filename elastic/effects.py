@@ -21,8 +21,10 @@ from elastic.messages import (
     NodeAlive,
     NodeProgress,
     NodeReport,
+    PlanChange,
     Quiesce,
     Stop,
+    WholePlan,
 )
 from health.policy import QuarantinePolicy
 
@@ -102,7 +104,7 @@ class Note:
 class Send:
     """Effect: write a message to the store under the key that belongs to it."""
 
-    message: Quiesce | Adopt | Fence | Leave | Stop
+    message: Quiesce | Adopt | PlanChange | WholePlan | Fence | Leave | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,13 @@ class ForgetNode:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetPlan:
+    """Effect: delete a plan that nobody can need any more."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Effect: the job is over."""
 
@@ -120,7 +129,7 @@ class Finish:
     reason: str
 
 
-Effect = Note | Send | ForgetNode | Finish
+Effect = Note | Send | ForgetNode | ForgetPlan | Finish
 
 
 @dataclass(frozen=True, slots=True)

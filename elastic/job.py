@@ -7,13 +7,17 @@ controller's table.
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 from elastic.adoption import Adoption
-from elastic.effects import Effect, Finish, Limits, Note, Phase, Send
+from elastic.commit_log import CommitLog
+from elastic.effects import Effect, Finish, ForgetPlan, Limits, Note, Phase, Send
 from elastic.membership import Membership
-from elastic.messages import Adopt, Failed, Leave, PhaseDone, Quiesce, RecoveryPhase, Stop
+from elastic.messages import Failed, Leave, PhaseDone, Quiesce, RecoveryPhase, Stop, WholePlan
 from elastic.notes import failure_note, plan_note
 from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan
+from elastic.plan_chain import KEPT_PLANS, publication
 from elastic.planner import (
     JobShape,
     Situation,
@@ -32,7 +36,7 @@ _There = tuple[int, frozenset[DeviceId]]
 
 
 class Job:
-    """The job. `plans` are those of all generations, `committed` the last step of each worker."""
+    """The job. `plans` are those of the last generations, `commits` who committed what."""
 
     def __init__(
         self,
@@ -47,7 +51,8 @@ class Job:
         self.phase = Phase.QUIESCING
         self.generation = max(1, recorded.generation)
         self.plans: dict[int, Plan] = dict(recorded.plans)
-        self.committed = dict(recorded.committed)
+        self._placed, self._participants = _members(self.plan)
+        self.commits = CommitLog(self._placed, recorded.committed, shape.steps - 1)
         self.members = Membership(devices, home_devices(shape, devices))
         self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
@@ -65,17 +70,14 @@ class Job:
         """The newest plan."""
         return self.plans[max(self.plans)] if self.plans else None
 
-    def placed(self) -> set[Member]:
+    def placed(self) -> frozenset[Member]:
         """The workers that the newest plan places."""
-        plan = self.plan
-        return {assignment.member for assignment in plan.placement} if plan else set()
+        return self._placed
 
-    def involved(self) -> set[Member]:
+    def involved(self) -> frozenset[Member]:
         """Who must live for the newest plan: until it runs, its donors too."""
         plan = self.plan
-        if plan is None or plan.generation == self._ran:
-            return self.placed()
-        return {assignment.member for assignment in plan.participants}
+        return self._placed if plan and plan.generation == self._ran else self._participants
 
     @property
     def adopting(self) -> bool:
@@ -109,7 +111,7 @@ class Job:
                 f"{cause}, after {self.limits.max_recoveries} recoveries; "
                 "raise health.max_recoveries to go on"
             )
-        progress = max(self.committed.values(), default=-1)
+        progress = self.commits.newest
         stuck = urgent and progress == self._progress_at_announcement
         self._fruitless = self._fruitless + 1 if stuck else 0
         self._progress_at_announcement = progress
@@ -140,31 +142,30 @@ class Job:
 
     def plan_if_quiet(self, now: float) -> list[Effect]:
         """Plan the generation that was announced, once nobody is awaited any more."""
-        incomplete = self.quiescence.awaited if self.plans else self.members.missing()
-        if incomplete:
+        complete = not self.quiescence.awaited if self.plans else self.members.complete
+        if not complete:
             return []
         answers = self.quiescence.answers
         plan = plan_generation(self.shape, self._situation(now))
         if isinstance(plan, NoPlan):
             return self.halt(plan.reason)
         alive = self.members.alive()
-        committed = max((self.committed[m] for m in alive & set(self.committed)), default=-1)
+        steps = self.commits.steps
+        committed = max((steps[m] for m in alive & steps.keys()), default=-1)
+        published, before = publication(self.plans, plan), self.plan
         self.plans[self.generation] = plan
+        self._placed, self._participants = _members(plan)
         self.phase = Phase.REBUILDING
         self.adoption = Adoption(self.generation, self.involved())
-        placed = self.placed()
-        self.committed = {
-            member: answer.standing.committed
-            for member, answer in answers.items()
-            if answer.standing is not None and member in placed
-        }
-        effects: list[Effect] = [Send(Adopt(plan))]
+        held = {m: each.standing.committed for m, each in answers.items() if each.standing}
+        self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
+        effects: list[Effect] = [Send(published)]
         if answers:
             stopped_at = max(answer.at for answer in answers.values())
             quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
             effects.append(Note("phase_done", quiesced))
         lost_steps = max(0, committed + 1 - plan.resume_step)
-        return [*effects, plan_note(plan, self.shape.sizes, lost_steps)]
+        return [*effects, plan_note(plan, before, self.shape.sizes, lost_steps)]
 
     def _situation(self, now: float) -> Situation:
         return Situation(
@@ -190,9 +191,8 @@ class Job:
 
     def phase_done(self, note: PhaseDone) -> list[Effect]:
         """A worker finished a part of the change to this generation."""
-        if note.phase is RecoveryPhase.RESUME and self.plan and note.member in self.placed():
-            before = self.committed.get(note.member, -1)
-            self.committed[note.member] = max(before, self.plan.resume_step - 1)
+        if note.phase is RecoveryPhase.RESUME and self.plan and note.member in self._placed:
+            self.commits.take(note.member, self.plan.resume_step - 1)
         done_at = self.adoption.take(note)
         if done_at is None:
             return []
@@ -202,6 +202,18 @@ class Job:
         if self.phase is Phase.RUNNING:
             self._ran = note.generation
             effects.append(Note("running", {"generation": note.generation}))
+            effects += self._forget_plans()
+        return effects
+
+    def _forget_plans(self) -> list[Effect]:
+        """Everybody runs the newest plan: the oldest ones have become too many."""
+        if len(self.plans) < 2 * KEPT_PLANS:
+            return []
+        old, (oldest, *_) = list(self.plans)[:-KEPT_PLANS], list(self.plans)[-KEPT_PLANS:]
+        effects: list[Effect] = [Send(WholePlan(self.plans[oldest]))]
+        for generation in old:
+            del self.plans[generation]
+            effects.append(ForgetPlan(generation))
         return effects
 
     def improve(self, now: float) -> list[Effect]:
@@ -258,9 +270,7 @@ class Job:
 
     def complete_if_done(self) -> list[Effect]:
         """End the job if everybody committed the last step."""
-        placed = self.placed()
-        last = self.shape.steps - 1
-        if not placed or any(self.committed.get(member, -1) < last for member in placed):
+        if not self._placed or self.commits.behind:
             return []
         self.phase = Phase.COMPLETED
         reason = f"all {self.shape.steps} steps are committed"
@@ -273,7 +283,7 @@ class Job:
 
     def step_in_flight(self) -> int:
         """The step after the last one known to be committed."""
-        return max(self.committed.values(), default=-1) + 1
+        return self.commits.newest + 1
 
     def failure_note(self, failed: Failed) -> Note:
         """The failure as the journal is to have it."""
@@ -284,6 +294,12 @@ class Job:
             placed=failed.member in self.involved() or not self.plans,
             generation=max(self.plans, default=0),
         )
+
+
+def _members(plan: Plan | None) -> tuple[frozenset[Member], frozenset[Member]]:
+    """The workers that `plan` places, and all that take part in the change to it."""
+    placed = frozenset(map(itemgetter(1), plan.placement)) if plan else frozenset()
+    return placed, placed.union(map(itemgetter(1), plan.donors)) if plan else placed
 
 
 def end(outcome: str, reason: str) -> list[Effect]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import msgspec
 
 from elastic.messages import (
@@ -14,17 +16,24 @@ from elastic.messages import (
     NodeAlive,
     NodeProgress,
     NodeReport,
+    PlanChange,
     Quiesce,
     Stop,
     StopWish,
     StoreMessage,
     Struck,
+    WholePlan,
 )
 
 AGENTS = "agents/"
 _MESSAGES = frozenset(
-    {"commands", "plan", "agents", "events", "alive", "reports", "progress", "wishes"}
+    {"commands", "plan", "whole", "agents", "events", "alive", "reports", "progress", "wishes"}
 )
+_DECODER: msgspec.msgpack.Decoder[StoreMessage] = msgspec.msgpack.Decoder(StoreMessage)
+_COMPRESSED = b"\x78"
+"""How zlib's data begins, and no message, which is a map or an array."""
+COMPRESS_BYTES = 16_384
+"""Longer values are compressed: etcd takes 1.5 MB, and a whole plan of 80,000 workers has 4 MB."""
 
 
 def key_of(job: str, message: StoreMessage) -> str:
@@ -52,6 +61,16 @@ def settings_key(job: str) -> str:
     return f"{job_prefix(job)}settings"
 
 
+def plan_key(job: str, generation: int) -> str:
+    """Where the plan of a generation is published."""
+    return f"{job_prefix(job)}plan/{generation}"
+
+
+def whole_plan_key(job: str) -> str:
+    """The plan that the published changes begin with, once old ones were deleted."""
+    return f"{job_prefix(job)}whole"
+
+
 def life_key(job: str, node: int) -> str:
     """How many agents a node has had."""
     return f"{job_prefix(job)}lives/{node}"
@@ -70,28 +89,35 @@ def node_of_agent(job: str, key: str) -> int | None:
 
 def encode(message: StoreMessage) -> bytes:
     """The value of a key. Not JSON, which has no number for a loss that is not finite."""
-    return msgspec.msgpack.encode(message)
+    value = msgspec.msgpack.encode(message)
+    return zlib.compress(value, level=1) if len(value) > COMPRESS_BYTES else value
 
 
 def decode(job: str, key: str, value: bytes) -> StoreMessage | None:
     """Inverse of `encode`; None where `key` holds no message.
 
-    Raises msgspec.ValidationError for a foreign value.
+    Raises msgspec.ValidationError or zlib.error for a foreign value.
     """
     kind = key.removeprefix(job_prefix(job)).partition("/")[0]
     if kind not in _MESSAGES:
         return None
-    return msgspec.msgpack.decode(value, type=StoreMessage)  # type: ignore[no-any-return]
+    if value[:1] == _COMPRESSED:
+        value = zlib.decompress(value)
+    return _DECODER.decode(value)
 
 
 def _path(message: StoreMessage) -> str:
     match message:
         case Quiesce():
-            return f"commands/quiesce/{message.generation}"
+            return "commands/quiesce"
         case Adopt():
             return f"plan/{message.plan.generation}"
+        case PlanChange():
+            return f"plan/{message.generation}"
+        case WholePlan():
+            return "whole"
         case Fence():
-            return f"commands/fence/{message.member}"
+            return f"commands/fence/{message.member.device}"
         case Leave():
             return f"commands/leave/{message.node}"
         case Stop():
@@ -107,8 +133,8 @@ def _path(message: StoreMessage) -> str:
         case ComponentFault():
             return f"events/fault{message.fault}"
         case NodeAlive():
-            return f"alive/{message.generation}/{message.node}"
+            return f"alive/{message.node}"
         case NodeReport():
-            return f"reports/{message.generation}/{message.node}"
+            return f"reports/{message.node}"
         case NodeProgress():
             return f"progress/{message.node}"

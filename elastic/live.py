@@ -84,7 +84,8 @@ class _Panel:
                 self._loss = fields["loss"]
             case "plan":
                 self._generation = fields["generation"]
-                self._slots = dict(fields["slots"])
+                slots = {**self._slots, **fields["slots"]}
+                self._slots = {place: member for place, member in slots.items() if member}
                 self._decision = f"{fields['action']}: {fields['reason']}"
             case "failure":
                 lost = fields["member"]

@@ -25,6 +25,8 @@ class Membership:
         self.changes = 0
         self._devices = frozenset(devices)
         self._ready: dict[DeviceId, Member] = {}
+        self._preferred = frozenset(homes.values())
+        self._missing = set(self._preferred)
         self._gone: set[Member] = set()
         self._agents: dict[int, AgentRecord] = {}
         self._draining: dict[int, AgentRecord] = {}
@@ -48,6 +50,7 @@ class Membership:
             is_new = member not in self._gone and self._ready.get(member.device) != member
             if is_new and member.device in self._devices:
                 self._ready[member.device] = member
+                self._missing.discard(member.device)
                 self.changes += 1
         return ended
 
@@ -56,6 +59,8 @@ class Membership:
         self._gone.add(member)
         if self._ready.get(member.device) == member:
             del self._ready[member.device]
+            if member.device in self._preferred:
+                self._missing.add(member.device)
             self.changes += 1
 
     def remove_node(self, node: int) -> set[Member]:
@@ -104,10 +109,14 @@ class Membership:
         """The ready workers themselves."""
         return set(self._ready.values())
 
+    @property
+    def complete(self) -> bool:
+        """Whether every device that places prefer has a ready worker to stay."""
+        return not self._missing and not self._preferred & self.leaving()
+
     def missing(self) -> list[DeviceId]:
         """Devices without a ready worker to stay that places prefer."""
-        leaving = self.leaving()
-        return [d for d in self.homes.values() if d not in self._ready or d in leaving]
+        return sorted(self._missing | (self._preferred & self.leaving()))
 
     @property
     def rendezvous(self) -> str:

@@ -4,7 +4,13 @@ Three conversations. Workers and their agent talk over a socket of the node. Age
 talk through the store: each struct says under which key it is written. The step and phase reports
 that only the journal needs travel the same way as all others; nobody waits for them.
 
+A key is mostly its author's or its subject's, and the next message of the kind replaces the last,
+so that a long job leaves no more keys than a short one. Plans are deleted when nobody can need them
+any more (`elastic.plan_chain`); failures and lives of agents, which are few, stay.
+
 Every message that could be late carries the generation it belongs to.
+
+They are encoded as arrays, as the names of their fields would be most of their bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from enum import StrEnum
 import msgspec
 
 from elastic.plan import Plan
+from elastic.plan_change import PlanChange as PlanChange
 from elastic.session import Standing
 from elastic.topology import DeviceId, Member
 from health.events import FailureEvent
@@ -28,8 +35,8 @@ class RecoveryPhase(StrEnum):
     RESUME = "resume"
 
 
-class Quiesce(msgspec.Struct, frozen=True, tag=True):
-    """Controller: stop, generation `generation` is coming. Key ``commands/quiesce/<generation>``.
+class Quiesce(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Controller: stop, generation `generation` is coming. Key ``commands/quiesce``.
 
     `urgent`: somebody is lost, abort the step in flight; otherwise finish it first. `lost` are the
     members that are gone, so that a survivor knows which of its groups cannot complete.
@@ -43,21 +50,30 @@ class Quiesce(msgspec.Struct, frozen=True, tag=True):
     ask_agents: bool = False
 
 
-class Adopt(msgspec.Struct, frozen=True, tag=True):
-    """Controller: become this generation. Key ``plan/<generation>``, created once."""
+class Adopt(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Controller: become this generation. Key ``plan/<generation>``, created once.
+
+    Mostly a PlanChange says so instead.
+    """
 
     plan: Plan
 
 
-class Fence(msgspec.Struct, frozen=True, tag=True):
-    """Controller: kill this process. Key ``commands/fence/<member>``."""
+class WholePlan(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Controller: the plan that the changes after it begin with. Key ``whole``."""
+
+    plan: Plan
+
+
+class Fence(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Controller: kill this process. Key ``commands/fence/<device>``."""
 
     member: Member
     asked_to: str
     waited_seconds: float
 
 
-class Leave(msgspec.Struct, frozen=True, tag=True):
+class Leave(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Controller: nothing of this node is in use any more, so its agent, which drains, may end.
 
     Meant for the agent of that `life` alone. Key ``commands/leave/<node>``.
@@ -67,27 +83,27 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
     life: int
 
 
-class Stop(msgspec.Struct, frozen=True, tag=True):
+class Stop(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Controller: the job is over. Key ``commands/stop``. `outcome` as in summary.json."""
 
     reason: str
     outcome: str
 
 
-class StopWish(msgspec.Struct, frozen=True, tag=True):
+class StopWish(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Anybody: the controller is to end the job, as `outcome`. Key ``wishes/stop``."""
 
     reason: str
     outcome: str
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
+class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Worker: imports are done, a plan is awaited."""
 
     member: Member
 
 
-class Quiesced(msgspec.Struct, frozen=True, tag=True):
+class Quiesced(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Worker: stopped for `generation`; `standing` is None where it holds no state."""
 
     generation: int
@@ -97,7 +113,7 @@ class Quiesced(msgspec.Struct, frozen=True, tag=True):
     at: float
 
 
-class PhaseDone(msgspec.Struct, frozen=True, tag=True):
+class PhaseDone(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Worker: finished one part of the recovery into `generation`."""
 
     generation: int
@@ -106,7 +122,7 @@ class PhaseDone(msgspec.Struct, frozen=True, tag=True):
     at: float
 
 
-class ConnectionLost(msgspec.Struct, frozen=True, tag=True):
+class ConnectionLost(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Worker: a peer's connection broke, or a rebuild failed, in `generation`."""
 
     generation: int
@@ -114,7 +130,7 @@ class ConnectionLost(msgspec.Struct, frozen=True, tag=True):
     detail: str
 
 
-class FaultFired(msgspec.Struct, frozen=True, tag=True):
+class FaultFired(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Worker: an injected fault strikes now. Sent by the process that is about to fail."""
 
     fault: int
@@ -124,12 +140,13 @@ class FaultFired(msgspec.Struct, frozen=True, tag=True):
     at: float
 
 
-class StepDone(msgspec.Struct, frozen=True, tag=True):
+class StepDone(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Worker: committed `step`. The figures are the vote's, equal on all ranks.
 
     `sharded_digest` and `replicated_digest` are this rank's parts of its replica's weights digest,
     modulo 2**64; None where none is computed in this step. `started_at` is when this attempt began,
-    and `compute_seconds` how long it then took to the boundary before gradient sync.
+    and `compute_seconds` how long it then took to the boundary before gradient sync. `awaited`:
+    somebody waits for this report; all others may come later (`elastic.worker_status`).
     """
 
     generation: int
@@ -145,9 +162,10 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     started_at: float
     compute_seconds: float
     at: float
+    awaited: bool = False
 
 
-class Struck(msgspec.Struct, frozen=True, tag=True):
+class Struck(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Agent, to all others and their workers: an injected fault struck. Key ``commands/struck/..``.
 
     It is said before the failure that it causes, so everybody knows before the next plan comes.
@@ -156,7 +174,7 @@ class Struck(msgspec.Struct, frozen=True, tag=True):
     fault: int
 
 
-class AgentRecord(msgspec.Struct, frozen=True, tag=True):
+class AgentRecord(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Agent: it is alive, and these workers are ready. Key ``agents/<node>``, under its lease.
 
     `life` counts the agents that the node has had: who returns after its record was gone begins a
@@ -172,7 +190,7 @@ class AgentRecord(msgspec.Struct, frozen=True, tag=True):
     draining: bool = False
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True):
+class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Agent: a worker failed and is fenced (its process group is dead). Key ``events/<id>``.
 
     The other fields tell of the injected fault that caused it, where one did.
@@ -190,7 +208,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
         return Member(self.failure.device, self.failure.incarnation)
 
 
-class ComponentFault(msgspec.Struct, frozen=True, tag=True):
+class ComponentFault(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Launcher: an injected fault strikes a part of the runtime. Key ``events/fault<number>``.
 
     `node` is that of an agent; None for a controller and the store.
@@ -203,22 +221,22 @@ class ComponentFault(msgspec.Struct, frozen=True, tag=True):
     at: float
 
 
-class NodeAlive(msgspec.Struct, frozen=True, tag=True):
-    """Agent: it heard the announcement of `generation`. Key ``alive/<generation>/<node>``."""
+class NodeAlive(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Agent: it heard the announcement of `generation`. Key ``alive/<node>``."""
 
     generation: int
     node: int
 
 
-class NodeReport(msgspec.Struct, frozen=True, tag=True):
-    """Agent: its workers' answers to a quiesce. Key ``reports/<generation>/<node>``."""
+class NodeReport(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Agent: its workers' answers to a quiesce. Key ``reports/<node>``."""
 
     generation: int
     node: int
     workers: tuple[Quiesced, ...]
 
 
-class WorkerStatus(msgspec.Struct, frozen=True):
+class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
     """How far a worker came in the generation it adopts or runs.
 
     `phases` are the parts of the recovery into `generation` that it finished, `broken` whether it
@@ -232,7 +250,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     committed: int
 
 
-class NodeProgress(msgspec.Struct, frozen=True, tag=True):
+class NodeProgress(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Agent: what its workers said since its last one. Key ``progress/<node>``.
 
     `statuses` sum up what was said before, for a controller that did not hear it.
@@ -243,17 +261,19 @@ class NodeProgress(msgspec.Struct, frozen=True, tag=True):
     statuses: tuple[WorkerStatus, ...] = ()
 
 
-class Beat(msgspec.Struct, frozen=True, tag=True):
+class Beat(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Worker: it lives, and this is what it does."""
 
     heartbeat: Heartbeat
 
 
 WorkerMessage = Ready | Beat | Quiesced | PhaseDone | ConnectionLost | FaultFired | StepDone
-AgentMessage = Quiesce | Adopt | Stop | Struck
+AgentMessage = Quiesce | Adopt | PlanChange | Stop | Struck
 StoreMessage = (
     Quiesce
     | Adopt
+    | PlanChange
+    | WholePlan
     | Fence
     | Leave
     | Stop

@@ -46,22 +46,24 @@ def plan_moves(
         if new is None or slot not in new.active
     }
     sizes = total_sizes(shape.sizes)
-    # Stages mostly have the same holders, and then the same moves.
-    known: dict[frozenset[SlotRef], ReshardPlan] = {}
+    # Stages mostly have the same holders, and then the same moves. They are told apart by those
+    # that are not as everywhere else, which are few.
+    known: dict[tuple[frozenset[SlotRef], frozenset[SlotRef]], ReshardPlan] = {}
     plans: list[ReshardPlan] = []
     for stage in range(shape.stages):
         gone = {p.slot_ref for p, _ in (*lost, *leaving) if p.stage == stage}
         moving = {place.slot_ref for place, _ in movers if place.stage == stage}
-        placed = (everywhere - vacated - gone) | moving
-        if placed not in known:
+        odd = frozenset(gone - vacated), frozenset(moving)
+        if odd not in known:
+            placed = everywhere.difference(vacated, gone).union(moving)
             try:
-                known[placed] = plan_reshard(extended, layout, placed, sizes)
+                known[odd] = plan_reshard(extended, layout, placed, sizes)
             except NoHolder:
                 giving = {place.slot_ref for place in beside if place.stage == stage}
                 held = (everywhere - gone) | giving
                 plans.append(plan_reshard(extended, layout, held, sizes))
                 continue
-        plans.append(known[placed])
+        plans.append(known[odd])
     return tuple(plans)
 
 

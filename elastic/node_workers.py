@@ -153,9 +153,10 @@ class NodeWorkers:
         """Whether a device is lost that is to return at some step."""
         return any(device.heals_at is not None for device in self._devices.values())
 
-    def tell(self, message: AgentMessage) -> None:
-        """Send `message` to every ready worker."""
-        _send(message, [process for process in self._running() if process.ready])
+    def tell(self, message: AgentMessage, only: Member | None = None) -> None:
+        """Send `message` to every ready worker, or to one."""
+        ready = (process for process in self._running() if process.ready)
+        _send(message, [process for process in ready if only in (None, process.member)])
 
     def forget(self, struck: Struck) -> None:
         """A fault struck somewhere: it is not to strike here, if it strikes only one."""

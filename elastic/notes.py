@@ -77,11 +77,12 @@ def fault_notes(event: object) -> list[Note]:
             return []
 
 
-def plan_note(plan: Plan, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:
+def plan_note(plan: Plan, before: Plan | None, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:
     """A plan, and how many committed steps it could not keep; `sizes` are those of each stage.
 
     `kept_samples` are those of the step in flight whose gradients go on; `redone_samples` are the
-    others of a step on which work had begun.
+    others of a step on which work had begun. Slots are told where they are not as in the plan
+    `before`; those that are vacant now have no member.
     """
     kept = plan.salvage.kept_samples if plan.salvage else 0
     return Note(
@@ -103,7 +104,7 @@ def plan_note(plan: Plan, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:
             "moved_elements": sum(
                 stage.elements(size) for stage, size in zip(plan.reshard, sizes, strict=True)
             ),
-            "slots": {str(a.coordinate): str(a.member) for a in plan.placement},
+            "slots": _changed_slots(plan, before),
             "throughput": round(plan.throughput, 4),
             "alternatives": [
                 {
@@ -116,3 +117,13 @@ def plan_note(plan: Plan, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:
             "digest": plan.digest,
         },
     )
+
+
+def _changed_slots(plan: Plan, before: Plan | None) -> dict[str, str | None]:
+    now, then = plan.rows(), before.rows() if before else {}
+    changed = [replica for replica in {**then, **now} if now.get(replica) != then.get(replica)]
+    slots: dict[str, str | None] = {}
+    for replica in changed:
+        slots |= {str(place): None for place, _ in then.get(replica, ())}
+        slots |= {str(place): str(member) for place, member in now.get(replica, ())}
+    return slots

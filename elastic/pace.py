@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from elastic.messages import StepDone
 from elastic.plan import Plan
@@ -29,6 +30,13 @@ class Pace:
     layout: ReplicaLayout
 
 
+class _Share(NamedTuple):
+    """What one replica is in a plan, and how many samples it gets."""
+
+    layout: ReplicaLayout
+    samples: int
+
+
 class PaceLog:
     """Collects reports; `paces` has the present figure of each replica that has one.
 
@@ -38,25 +46,33 @@ class PaceLog:
     def __init__(self, plans: Mapping[int, Plan]) -> None:
         self._plans = plans
         self._seconds: dict[int, dict[tuple[int, int], dict[Member, float]]] = {}
+        self._shares: tuple[int, Mapping[int, _Share]] = (0, {})
         self.paces: dict[int, Pace] = {}
 
     def take(self, report: StepDone) -> None:
         """Add one report."""
         plan = self._plans.get(report.generation)
-        numbers = [replica.replica for replica in plan.layout.replicas] if plan else []
-        if plan is None or report.step <= plan.resume_step or report.replica not in numbers:
+        if plan is None or report.step <= plan.resume_step:
+            return
+        share = self._shares_of(plan).get(report.replica)
+        if share is None:
             return
         steps = self._seconds.setdefault(report.replica, {})
         attempt = (report.generation, report.step)
         seconds = steps.setdefault(attempt, {})
         seconds[report.member] = report.compute_seconds
-        position = numbers.index(report.replica)
-        layout = plan.layout.replicas[position]
-        if len(seconds) < layout.degree * plan.stages:
+        if len(seconds) < share.layout.degree * plan.stages:
             return
         # What an earlier step still lacks will hardly come: a rank of it is gone.
         self._seconds[report.replica] = {key: steps[key] for key in steps if key > attempt}
-        self._average(report.replica, max(seconds.values()) / plan.batch_split[position], layout)
+        self._average(report.replica, max(seconds.values()) / share.samples, share.layout)
+
+    def _shares_of(self, plan: Plan) -> Mapping[int, _Share]:
+        """By replica. Reports come by the thousand, and mostly of one generation."""
+        if self._shares[0] != plan.generation:
+            pairs = zip(plan.layout.replicas, plan.batch_split, strict=True)
+            self._shares = plan.generation, {r.replica: _Share(r, n) for r, n in pairs}
+        return self._shares[1]
 
     def _average(self, replica: int, newest: float, layout: ReplicaLayout) -> None:
         known = self.paces.get(replica)

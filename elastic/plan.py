@@ -100,7 +100,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         # A job may have a hundred thousand places, so the loops over them are left to C.
-        members = set(map(itemgetter(1), self.participants))
+        participants = self.participants
+        members = set(map(itemgetter(1), participants))
         left = [place.slot_ref for place, _ in (*self.donors, *self.movers)]
         leavers = {member for _, member in (*self.donors, *self.movers)}
         replicas = {replica.replica: set(replica.active) for replica in self.layout.replicas}
@@ -113,7 +114,7 @@ class Plan:
                 starmap(eq, zip_longest(map(itemgetter(0), self.placement), slots))
             ),
             "each stage has its moves": len(self.reshard) == self.stages,
-            "no worker is placed twice": len(members) == len(self.participants),
+            "no worker is placed twice": len(members) == len(participants),
             "newcomers take part": members.issuperset(self.newcomers),
             "movers and donors survive": leavers.isdisjoint(self.newcomers),
             "movers are placed, and donors are not": len(leavers) == len(left)

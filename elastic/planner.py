@@ -255,8 +255,11 @@ def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
     Nothing counts that a worker holds which idled since a plan that others adopted.
     """
     answers = situation.answers
-    empty = {member for member, answer in answers.items() if answer.standing is None}
-    held = [answer.standing for answer in answers.values() if answer.standing is not None]
+    empty = set[Member]()
+    held: list[Standing] = list(map(attrgetter("standing"), answers.values()))
+    if not all(held):
+        empty = {member for member, answer in answers.items() if answer.standing is None}
+        held = [standing for standing in held if standing is not None]
     generations = set(map(attrgetter("layout_generation"), held))
     newest = max(generations, default=0)
     if newest in situation.history and generations - {0, newest}:
@@ -272,7 +275,7 @@ def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
 def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
     """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
     answers, quarantined = situation.answers, situation.quarantined
-    lost = [each for each in source.placement if each.member not in answers]
+    lost = [each for each in source.placement if each[1] not in answers]
     if empty or quarantined:
         lost += [
             each
@@ -376,9 +379,10 @@ def _kept_replicas(
     other groups.
     """
     broken = {answer.member for answer in answers.values() if not answer.replica_groups_intact}
+    # Mostly none is, and then there is no need to look at everybody.
     return tuple(
         replica
         for replica, row in after.items()
         if row == before.get(replica) == source.get(replica)
-        and broken.isdisjoint(map(itemgetter(1), row))
+        and (not broken or broken.isdisjoint(map(itemgetter(1), row)))
     )

@@ -19,13 +19,16 @@ from elastic.messages import (
     NodeAlive,
     NodeProgress,
     NodeReport,
+    PlanChange,
     Quiesce,
     Stop,
     StopWish,
     StoreMessage,
+    WholePlan,
     WorkerStatus,
 )
 from elastic.plan import Plan
+from elastic.plan_chain import rebuilt
 from elastic.topology import Member
 
 
@@ -65,8 +68,12 @@ NOTHING_RECORDED = Recorded({}, None, (), frozenset(), (), frozenset(), {}, {}, 
 
 
 def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
-    """The values of a job's keys, in any order, as one value."""
-    plans: dict[int, Plan] = {}
+    """The values of a job's keys, in any order, as one value.
+
+    Raises ValueError if the plans do not go together.
+    """
+    published: list[Adopt | PlanChange] = []
+    whole: WholePlan | None = None
     quiesces: list[Quiesce] = []
     reports: list[NodeReport] = []
     alive: list[NodeAlive] = []
@@ -78,8 +85,10 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
     wish: StopWish | None = None
     for message in messages:
         match message:
-            case Adopt(plan):
-                plans[plan.generation] = plan
+            case Adopt() | PlanChange():
+                published.append(message)
+            case WholePlan():
+                whole = message
             case Quiesce():
                 quiesces.append(message)
             case NodeReport():
@@ -101,12 +110,13 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
             case _:
                 # Orders to agents: whoever they concern has seen them.
                 continue
+    plans = rebuilt(whole, published)
     newest = max(quiesces, key=lambda quiesce: quiesce.generation, default=None)
     if newest is not None and newest.generation <= max(plans, default=0):
         newest = None
     awaited = newest.generation if newest is not None else -1
     return Recorded(
-        plans=dict(sorted(plans.items())),
+        plans=plans,
         announced=newest,
         reports=tuple(report for report in reports if report.generation == awaited),
         heard=frozenset(each.node for each in alive if each.generation == awaited),

@@ -169,7 +169,8 @@ def decide_resume(standings: Sequence[Standing]) -> Resume:
         # Only newcomers are left, none of which switched: what they received is as good.
         layout = max(map(attrgetter("pending_generation"), standings))
     generations = attrgetter("layout_generation", "pending_generation")
-    if any(layout not in pair for pair in set(map(generations, standings))):
+    switched = min(map(attrgetter("layout_generation"), standings)) == layout
+    if not switched and any(layout not in pair for pair in set(map(generations, standings))):
         # A newcomer whose first shards nobody switched to holds nothing that counts.
         standings = [s for s in standings if layout in generations(s) or s.layout_generation]
         elsewhere = [s.slot for s in standings if layout not in generations(s)]

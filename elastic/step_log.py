@@ -1,19 +1,22 @@
 """Step reports of all ranks -> one line a committed step.
 
-Pure. Every rank reports every step it commits. The vote's figures are equal on all ranks, so any
-one report gives them; the weights digest of a replica is the sum of its slots' parts, so it needs
-them all. A step's line is due when all ranks of its generation have reported it, or when the next
-step's is: a rank that died right after its commit leaves its replica's digest unknown for that
-step, and the others' digests stand.
+Pure. Every rank reports every step it commits, but only some of the reports come at once. The
+vote's figures are equal on all ranks, so any one report gives them, and the line is due when two
+ranks spoke for all: the first and the last, which no single loss takes. The weights digest of a
+replica is the sum of its slots' parts, so a step with digests needs all ranks. Otherwise a line is
+due with the next step's: a rank that died right after its commit leaves its replica's digest
+unknown for that step, and the others' digests stand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from elastic.messages import StepDone
 from elastic.plan import Plan
+from elastic.topology import Member
 
 DIGEST_MODULUS = 1 << 64
 
@@ -23,7 +26,7 @@ class StepLine:
     """A line of steps.jsonl, and beside it what the line has no field for.
 
     `replica_digests` are those of the replicas that reported completely; `at` is when the last
-    rank committed (seconds since the epoch).
+    rank committed of those that reported (seconds since the epoch).
     """
 
     step: int
@@ -48,34 +51,42 @@ class StepLine:
 class StepLog:
     """Collects reports; `take` and `flush` return the lines that became due, in order of step.
 
-    Reports of steps up to `after`, whose lines were written before, are dropped.
+    Reports of steps whose lines came out, or that are not after `after`, are dropped.
     """
 
     def __init__(self, plans: Mapping[int, Plan], after: int = -1) -> None:
         self._plans = plans
         self._after = after
-        self._reports: dict[int, dict[str, StepDone]] = {}
+        self._reports: dict[int, dict[Member, StepDone]] = {}
         self._previous_at: float | None = None
 
     def take(self, report: StepDone) -> list[StepLine]:
         """Add one report."""
-        if report.generation in self._plans and report.step > self._after:
-            self._reports.setdefault(report.step, {})[str(report.member)] = report
-        complete = [step for step in self._reports if self._is_complete(step)]
-        return self._lines(max(complete)) if complete else []
+        if report.generation not in self._plans or report.step <= self._after:
+            return []
+        self._reports.setdefault(report.step, {})[report.member] = report
+        return self._lines(report.step) if self._is_due(report.step) else []
 
     def flush(self) -> list[StepLine]:
         """The job is over: everything that is left."""
         return self._lines(max(self._reports)) if self._reports else []
 
-    def _is_complete(self, step: int) -> bool:
+    def _is_due(self, step: int) -> bool:
         reports = self._reports[step]
-        generation = max(report.generation for report in reports.values())
-        placed = {str(a.member) for a in self._plans[generation].placement}
-        return placed <= set(reports)
+        newest = next(reversed(reports.values()))
+        if newest.awaited and newest.sharded_digest is None:
+            speakers = (each for each in reports.values() if each.awaited)
+            if sum(each.generation == newest.generation for each in speakers) > 1:
+                return True
+        # Looked at closely only where their number says that it may be worth it.
+        if len(reports) < len(self._plans[newest.generation].placement):
+            return False
+        generation = max(map(attrgetter("generation"), reports.values()))
+        return all(member in reports for _, member in self._plans[generation].placement)
 
     def _lines(self, up_to: int) -> list[StepLine]:
         due = sorted(step for step in self._reports if step <= up_to)
+        self._after = max(self._after, up_to)
         return [self._line(step, list(self._reports.pop(step).values())) for step in due]
 
     def _line(self, step: int, reports: Sequence[StepDone]) -> StepLine:
@@ -104,11 +115,10 @@ class StepLog:
 
 def _replica_digests(plan: Plan, reports: Sequence[StepDone]) -> tuple[tuple[int, str], ...]:
     """Digest per replica all of whose slots reported theirs and agree on the replicated tensors."""
-    found = []
-    by_member = {str(report.member): report for report in reports}
-    for replica in plan.layout.replicas:
-        mates = [a for a in plan.placement if a.coordinate.replica == replica.replica]
-        parts = {a.coordinate: by_member.get(str(a.member)) for a in mates}
+    found: list[tuple[int, str]] = []
+    by_member = {report.member: report for report in reports if report.sharded_digest is not None}
+    for replica, mates in plan.rows().items() if by_member else ():
+        parts = {a.coordinate: by_member.get(a.member) for a in mates}
         sharded = [
             part.sharded_digest
             for part in parts.values()
@@ -121,8 +131,8 @@ def _replica_digests(plan: Plan, reports: Sequence[StepDone]) -> tuple[tuple[int
         }
         if len(replicated) > plan.stages:
             # Slots of one stage hold different norms: no digest can be right.
-            found.append((replica.replica, "differs-within-replica"))
+            found.append((replica, "differs-within-replica"))
             continue
         total = (sum(sharded) + sum(digest or 0 for _, digest in replicated)) % DIGEST_MODULUS
-        found.append((replica.replica, f"{total:016x}"))
+        found.append((replica, f"{total:016x}"))
     return tuple(found)

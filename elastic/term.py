@@ -29,6 +29,7 @@ from elastic.effects import (
     Event,
     Finish,
     ForgetNode,
+    ForgetPlan,
     NodeLost,
     Note,
     Outage,
@@ -45,6 +46,7 @@ from elastic.keys import (
     key_of,
     leader_key,
     node_of_agent,
+    plan_key,
     position_key,
 )
 from elastic.leadership import Leadership
@@ -57,6 +59,7 @@ from elastic.messages import (
     NodeAlive,
     NodeProgress,
     NodeReport,
+    PlanChange,
     Stop,
     StopWish,
 )
@@ -168,9 +171,9 @@ class Term:
         store, guard = self._store, self._leadership.guard
         for effect in effects:
             match effect:
-                case Send(Adopt() as adopt):
+                case Send((Adopt() | PlanChange()) as plan):
                     await self._led(
-                        store.create(key_of(self._job, adopt), encode(adopt), guard=guard)
+                        store.create(key_of(self._job, plan), encode(plan), guard=guard)
                     )
                 case Send(message):
                     await self._led(
@@ -178,6 +181,8 @@ class Term:
                     )
                 case ForgetNode(node):
                     await self._led(store.delete(agent_key(self._job, node), guard=guard))
+                case ForgetPlan(generation):
+                    await self._led(store.delete(plan_key(self._job, generation), guard=guard))
                 case Note():
                     self._recorder.observe(time.time(), effect)
                 case Finish():

@@ -65,7 +65,10 @@ class PlanMismatch(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
-    """What a trainer tells of a step it committed; the fields are those of `StepDone`."""
+    """What a trainer tells of a step it committed; the fields are those of `StepDone`.
+
+    `last`: no step follows.
+    """
 
     loss: float
     grad_norm: float
@@ -73,6 +76,7 @@ class StepFigures:
     sample_digest: str
     sharded_digest: int | None
     replicated_digest: int | None
+    last: bool = False
 
 
 class Trainable(Protocol):
@@ -140,6 +144,13 @@ class Worker:
         """This worker's place in the current plan."""
         assert self.plan is not None
         return next(a.coordinate for a in self.plan.participants if a.member == self.member)
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this worker's report of a step stands for everybody's."""
+        assert self.plan is not None
+        placement = self.plan.placement
+        return self.member in (placement[0].member, placement[-1].member)
 
     @property
     def generation(self) -> int:
@@ -211,6 +222,7 @@ class Worker:
                 started_at=started_at,
                 compute_seconds=self._compute_seconds,
                 at=time.time(),
+                awaited=self._speaks or figures.last or figures.sharded_digest is not None,
             )
         )
 

@@ -41,5 +41,15 @@ def summed_up(status: WorkerStatus, word: Word) -> WorkerStatus:
             return status
 
 
+def is_awaited(word: Word) -> bool:
+    """Whether the word is to be written at once, and not with what else is said for a while.
+
+    A worker says of a step that it is awaited if it is the first or the last rank, which speak for
+    all (see `elastic.step_log`), if the step is the job's last, or if its weights were digested.
+    What others commit beside that is asked for when a generation ends, and comes with its reports.
+    """
+    return not isinstance(word, StepDone) or word.awaited
+
+
 def _phases(status: WorkerStatus, generation: int) -> tuple[RecoveryPhase, ...]:
     return status.phases if status.generation == generation else ()

@@ -21,7 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise, product
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -222,9 +222,8 @@ class ParallelLayout:
 
     def slots(self) -> tuple[SlotRef, ...]:
         """Active slots in order of replica and slot; the position is the rank in the world."""
-        return tuple(
-            SlotRef(replica.replica, slot) for replica in self.replicas for slot in replica.active
-        )
+        slots = (product((replica.replica,), replica.active) for replica in self.replicas)
+        return tuple(map(SlotRef._make, chain.from_iterable(slots)))
 
 
 def full_layout(counts: AtomCounts, tp_base: int, replicas: int) -> ParallelLayout:

@@ -157,9 +157,10 @@ def _living(source: ParallelLayout, target: ParallelLayout, holders: frozenset[S
             f"the source layout has atoms {old} and the target {new}; both must be layouts of one "
             "model"
         )
-    slots: dict[int, set[int]] = {replica.replica: set() for replica in source.replicas}
-    for holder in holders:
-        slots.setdefault(holder.replica, set()).add(holder.slot)
+    slots: defaultdict[int, set[int]] = defaultdict(set)
+    slots.update((replica.replica, set()) for replica in source.replicas)
+    for number, slot in holders:
+        slots[number].add(slot)
     active = {replica.replica: replica.active for replica in source.replicas}
     if strangers := [ref for ref in slots if not slots[ref].issubset(active.get(ref, ()))]:
         raise ValueError(

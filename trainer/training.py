@@ -140,6 +140,7 @@ class Training:
             sample_digest=format_digest(int(fields.digest_upper), int(fields.digest_lower)),
             sharded_digest=sharded,
             replicated_digest=replicated,
+            last=last,
         )
 
     def donate(self, plan: Plan, place: Coordinate) -> None:

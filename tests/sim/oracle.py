@@ -28,10 +28,13 @@ from elastic.messages import (
     Fence,
     Leave,
     NodeReport,
+    PlanChange,
     Quiesce,
     Stop,
+    WholePlan,
 )
 from elastic.plan import Plan
+from elastic.plan_change import changed
 from elastic.session import StepPoint
 from elastic.topology import Member
 from ntp.atoms import Axis
@@ -68,6 +71,8 @@ class Oracle:
         self._prepared: dict[tuple[int, int], dict[Member, tuple[int, ...]]] = {}
         self._whole: set[tuple[int, int]] = set()
         self._announced = 1
+        self._whole = 0
+        self._intended: dict[int, Plan] = {}
         self._leader: str | None = None
         self._failed: dict[Member, int] = {}
         self._lost: dict[Member, int] = {}
@@ -87,19 +92,28 @@ class Oracle:
         if told.key == leader_key(JOB):
             self._leader = value
             return
-        if isinstance(value, Quiesce | Adopt | Fence | Leave | Stop):
+        if isinstance(value, Quiesce | Adopt | PlanChange | WholePlan | Fence | Leave | Stop):
             check(process.name == self._leader, f"{process.name} wrote {told.key}, not leading")
         match value:
             case None:
                 if isinstance(before, AgentRecord):
                     self._lost |= dict.fromkeys(before.ready, told.revision)
+                elif isinstance(before, PlanChange):
+                    kept = self._whole
+                    check(
+                        before.generation < kept, f"plan {before.generation} is gone before {kept}"
+                    )
+            case WholePlan(plan):
+                check(plan == self.plans[plan.generation], f"plan {plan.generation} is another one")
+                self._whole = plan.generation
             case Quiesce(generation):
                 check(
                     generation > self._announced or value == before,
                     f"generation {generation} was announced after {self._announced}",
                 )
                 self._announced = generation
-            case Adopt(plan):
+            case Adopt() | PlanChange():
+                plan = value.plan if isinstance(value, Adopt) else self._changed(value)
                 check(before in (None, value), f"plan {plan.generation} is written twice")
                 newest = max(self.plans, default=0)
                 check(plan.generation > newest, f"plan {plan.generation} follows {newest}")
@@ -122,12 +136,23 @@ class Oracle:
             case _:
                 return
 
+    def _changed(self, change: PlanChange) -> Plan:
+        self._clock.check(
+            change.base == max(self.plans),
+            f"plan {change.generation} changes plan {change.base}, not the newest one",
+        )
+        plan = changed(self.plans[change.base], change)
+        same = plan == self._intended[plan.generation]
+        self._clock.check(same, f"plan {change.generation} is not what the leader had")
+        return plan
+
     # What a leader decides, knowing the store up to revision `seen`.
 
     def planned(self, leader: Process, plan: Plan, seen: int) -> None:
         """A leader is about to publish a plan."""
         self.avoidance.planned(leader.name, plan, seen)
         gone = {m for known in (self._failed, self._lost) for m, at in known.items() if at <= seen}
+        self._intended[plan.generation] = plan
         placed = {assignment.member for assignment in plan.participants}
         self._clock.check(not placed & gone, f"failed {_names(placed & gone)} are placed")
 

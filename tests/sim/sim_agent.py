@@ -14,7 +14,7 @@ from sim_process import Mailbox, Outcome, Process, Task, Wait
 from sim_store import SimLease, Told, create_when_free
 from sim_worker import SimWorker
 
-from elastic.keys import agent_key, job_prefix, key_of, life_key
+from elastic.keys import agent_key, job_prefix, key_of, life_key, whole_plan_key
 from elastic.messages import (
     Adopt,
     AgentMessage,
@@ -25,6 +25,7 @@ from elastic.messages import (
     NodeAlive,
     NodeProgress,
     NodeReport,
+    PlanChange,
     Quiesce,
     Quiesced,
     Ready,
@@ -32,9 +33,10 @@ from elastic.messages import (
     StoreMessage,
     WorkerStatus,
 )
+from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.store import AlreadyExists, LeaseLost
 from elastic.topology import DeviceId, Member
-from elastic.worker_status import Word, fresh_status, summed_up
+from elastic.worker_status import Word, fresh_status, is_awaited, summed_up
 from health.classify import ProcessExited, Signal, StoppedAnswering, classify
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ PLANS = f"{job_prefix(JOB)}plan/"
 LEASE_SECONDS = 3.0
 DRAIN_SECONDS = 20.0
 """How long an agent that is to leave waits for the others."""
+REPORT_SECONDS = 2.0
 INCARNATIONS_PER_LIFE = 1_000_000
 """As in `elastic.node_workers`, whose numbers tell the life of a worker's agent."""
 
@@ -134,7 +137,8 @@ class Life:
         self._incarnations = dict.fromkeys(agent.devices, 0)
         self._fenced: dict[Member, Signal] = {}
         self._announced = 0
-        self._held: list[Adopt] = []
+        self._held: list[Adopt | PlanChange] = []
+        self._plans = PlanChain()
         self._answering = 0
         self._awaited: set[Member] = set()
         self.given: list[Quiesced] = []
@@ -160,6 +164,9 @@ class Life:
                     self._announced = max(self._announced, message.generation)
                 elif isinstance(message, Stop):
                     return True
+            published, _ = yield store.get_prefix(process, PLANS)
+            whole = yield store.get(process, whole_plan_key(JOB))
+            self._plans = chain_of((*published.values(), whole))
             watches += [
                 store.watch(process, prefix, revision, self._told)
                 for prefix in (COMMANDS, PLANS, own)
@@ -199,8 +206,8 @@ class Life:
                     self._ended.decide(False)
             case Quiesce() as quiesce:
                 self._announce(quiesce)
-            case Adopt() as adopt:
-                self._held.append(adopt)
+            case (Adopt() | PlanChange()) as plan:
+                self._held.append(plan)
                 self._pass_plans_on()
             case Fence() as fence:
                 self._fence(fence)
@@ -219,17 +226,17 @@ class Life:
         self._pass_plans_on()
 
     def _pass_plans_on(self) -> None:
-        due = [each for each in self._held if each.plan.generation <= max(1, self._announced)]
-        self._held = [each for each in self._held if each not in due]
-        for adopt in due:
-            self._tell(adopt)
+        while self._held and generation_of(self._held[0]) <= max(1, self._announced):
+            plan = self._held.pop(0)
+            if self._plans.take(plan):
+                self._tell(plan)
 
-    def _tell(self, message: AgentMessage) -> None:
+    def _tell(self, message: AgentMessage, only: Member | None = None) -> None:
         clock = self._world.clock
         for worker in self.processes.values():
-            if worker.member not in self.ready:
+            if worker.member not in self.ready or only not in (None, worker.member):
                 continue
-            if isinstance(message, Adopt):
+            if isinstance(message, Adopt | PlanChange):
                 # A plan may be overtaken by the next announcement, but not by the next plan.
                 late = 2.0 * clock.rng.random() if clock.rng.random() < 0.2 else 0.0
                 worker.plan_due = max(worker.plan_due, clock.now + late)
@@ -267,6 +274,8 @@ class Life:
                 case Ready():
                     self.ready.add(worker.member)
                     self.changed()
+                    if (plan := self._plans.newest()) is not None:
+                        self._tell(Adopt(plan), only=worker.member)
                 case Quiesced():
                     if message.generation == self._answering:
                         self.given.append(message)
@@ -276,8 +285,10 @@ class Life:
                     known = self._statuses.get(worker.member, fresh_status(worker.member))
                     self._statuses[worker.member] = summed_up(known, message)
                     self._notes.append(message)
-                    if len(self._notes) == 1:
+                    if is_awaited(message):
                         self._outbox.put(None)
+                    else:
+                        self._process.after(REPORT_SECONDS, self._outbox.put, None)
 
     def _spawn(self, device: DeviceId) -> None:
         if self._ended.is_decided or self._draining or device in self.processes:
@@ -362,6 +373,7 @@ class Life:
             self._report_answers()
 
     def _report_answers(self) -> None:
+        self._outbox.put(None)
         self._outbox.put(NodeReport(self._answering, self.agent.node, tuple(self.given)))
 
     def _write(self, lease: SimLease) -> Generator[Wait, Any, None]:
@@ -369,6 +381,8 @@ class Life:
         while True:
             message: StoreMessage | None = yield self._outbox.get
             if message is None:
+                if not self._notes:
+                    continue
                 notes, self._notes = tuple(self._notes), []
                 message = NodeProgress(self.agent.node, notes, tuple(self._statuses.values()))
             under = lease if isinstance(message, AgentRecord) else None

@@ -20,6 +20,7 @@ from elastic.effects import (
     Event,
     Finish,
     ForgetNode,
+    ForgetPlan,
     Limits,
     NodeLost,
     Note,
@@ -27,7 +28,7 @@ from elastic.effects import (
     Send,
     Tick,
 )
-from elastic.keys import agent_key, job_prefix, key_of, leader_key, node_of_agent
+from elastic.keys import agent_key, job_prefix, key_of, leader_key, node_of_agent, plan_key
 from elastic.messages import (
     Adopt,
     AgentRecord,
@@ -35,7 +36,9 @@ from elastic.messages import (
     NodeAlive,
     NodeProgress,
     NodeReport,
+    PlanChange,
     StoreMessage,
+    WholePlan,
 )
 from elastic.recorded import read_messages
 from elastic.store import Guard, GuardFailed, LeaseLost
@@ -188,14 +191,19 @@ class Term:
         world, store, process, guard = self._world, self._world.store, self._process, self._guard
         for effect in effects:
             match effect:
-                case Send(Adopt() as adopt):
-                    world.oracle.planned(process, adopt.plan, self.seen)
-                    yield store.create(process, key_of(JOB, adopt), adopt, guard=guard)
+                case Send((Adopt() | PlanChange()) as published):
+                    assert self.controller.plan is not None
+                    world.oracle.planned(process, self.controller.plan, self.seen)
+                    yield store.create(process, key_of(JOB, published), published, guard=guard)
+                case Send(WholePlan() as whole):
+                    yield store.put(process, key_of(JOB, whole), whole, guard=guard)
                 case Send(message):
                     world.oracle.commands(message, self.seen)
                     yield store.put(process, key_of(JOB, message), message, guard=guard)
                 case ForgetNode(node):
                     yield store.delete(process, agent_key(JOB, node), guard=guard)
+                case ForgetPlan(generation):
+                    yield store.delete(process, plan_key(JOB, generation), guard=guard)
                 case Note(name, fields):
                     world.clock.tell("%s: %s %s", process.name, name, fields)
                     world.oracle.noted(process, effect)

@@ -7,7 +7,14 @@ from elastic.topology import Member
 
 
 def step_done(
-    member: Member, generation: int, replica: int, step: int, vote: tuple[float, ...], now: float
+    member: Member,
+    generation: int,
+    replica: int,
+    step: int,
+    vote: tuple[float, ...],
+    now: float,
+    *,
+    awaited: bool,
 ) -> StepDone:
     """The report of `step`, committed now; its attempt began in `generation`."""
     return StepDone(
@@ -24,4 +31,5 @@ def step_done(
         started_at=now,
         compute_seconds=0.5 + 0.3 * replica,
         at=now,
+        awaited=awaited,
     )

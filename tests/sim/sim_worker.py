@@ -25,6 +25,7 @@ from elastic.messages import (
     AgentMessage,
     ConnectionLost,
     PhaseDone,
+    PlanChange,
     Quiesce,
     Quiesced,
     Ready,
@@ -33,6 +34,7 @@ from elastic.messages import (
     WorkerMessage,
 )
 from elastic.plan import Plan
+from elastic.plan_chain import PlanChain
 from elastic.session import Session, StepPoint, standing
 from elastic.topology import Coordinate, Member
 from ntp.geometry import SlotRef
@@ -71,6 +73,7 @@ class SimWorker:
         self.place = self.held_at = Coordinate(0, 0, 0)
         self._step_started = (0, 0)
         self._quiesce: Quiesce | None = None
+        self._plans = PlanChain()
         self._inbox = Mailbox()
         self._in_model = False
         self._pending_gradient = Gradient()
@@ -100,6 +103,11 @@ class SimWorker:
                 self.groups.sever(keepable(self.plan, self.member, message.lost))
                 if self._building is not None:
                     self._building.sever(self.member)
+        if isinstance(message, Adopt | PlanChange):
+            self._plans.take(message)
+            plan = self._plans.newest()
+            assert plan is not None
+            message = Adopt(plan)
         self._inbox.put(message)
 
     # The training thread.
@@ -332,7 +340,9 @@ class SimWorker:
             self.values[piece] = mix(value, step, vote[0])
         self.session = self.session.commit()
         self.oracle.committed(self)
-        self._send(step_done(self.member, *self._step_started, step, vote, self.clock.now))
+        awaited = step == self.world.shape.steps - 1 or self._speaks()
+        now = self.clock.now
+        self._send(step_done(self.member, *self._step_started, step, vote, now, awaited=awaited))
 
     def _promote(self) -> None:
         assert self.pending is not None
@@ -387,6 +397,11 @@ class SimWorker:
     def slot(self) -> SlotRef:
         """This worker's slot, as the geometry of its stage names it."""
         return self.place.slot_ref
+
+    def _speaks(self) -> bool:
+        assert self.plan is not None
+        placement = self.plan.placement
+        return self.member in (placement[0].member, placement[-1].member)
 
     def _takes_part(self, plan: Plan) -> bool:
         return any(assignment.member == self.member for assignment in plan.participants)

@@ -77,7 +77,7 @@ class World:
         self.luck = Luck(self)
         self._communicators: dict[tuple[int, GroupKey], Comm] = {}
         self._sync: dict[int, SyncPlan] = {}
-        self._digests: dict[int, str] = {}
+        self._digests: dict[int, tuple[Plan, str]] = {}
         self._terms = 0
 
     def run(self) -> Ended:
@@ -161,8 +161,9 @@ class World:
     def digest(self, plan: Plan) -> str:
         """`Plan.digest`, likewise."""
         if id(plan) not in self._digests:
-            self._digests[id(plan)] = plan.digest
-        return self._digests[id(plan)]
+            # Kept with the plan, whose identity is its own only as long as it lives.
+            self._digests[id(plan)] = plan, plan.digest
+        return self._digests[id(plan)][1]
 
     def _serves(self, rendezvous: str) -> int | None:
         node, life = rendezvous.removeprefix("node").split(":")

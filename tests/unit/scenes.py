@@ -12,6 +12,7 @@ from elastic.effects import (
     Event,
     Finish,
     ForgetNode,
+    ForgetPlan,
     Limits,
     NodeLost,
     Note,
@@ -21,7 +22,7 @@ from elastic.effects import (
     Tick,
 )
 from elastic.job_shape import JobShape
-from elastic.keys import agent_key, key_of
+from elastic.keys import agent_key, key_of, plan_key
 from elastic.messages import (
     Adopt,
     AgentRecord,
@@ -33,12 +34,14 @@ from elastic.messages import (
     NodeProgress,
     NodeReport,
     PhaseDone,
+    PlanChange,
     Quiesce,
     Quiesced,
     RecoveryPhase,
     StepDone,
     Stop,
     StoreMessage,
+    WholePlan,
     WorkerStatus,
 )
 from elastic.plan import Plan
@@ -160,7 +163,9 @@ class Stage:
             self.succeed()
         self.effects = self.controller.handle(event, self.now)
         self._store(event)
-        self.lines += [f"    {effect_text(effect)}" for effect in self.effects]
+        self.lines += [
+            f"    {effect_text(effect, self.controller.plan)}" for effect in self.effects
+        ]
         if self.controller.phase is not before:
             self.lines.append(f"    -> {self.controller.phase}")
         return self.effects
@@ -198,6 +203,8 @@ class Stage:
                 self.stored[key_of("job", effect.message)] = effect.message
             elif isinstance(effect, ForgetNode):
                 self.stored.pop(agent_key("job", effect.node), None)
+            elif isinstance(effect, ForgetPlan):
+                self.stored.pop(plan_key("job", effect.generation), None)
 
     def wait(self, seconds: float) -> list[Effect]:
         self.now += seconds
@@ -335,14 +342,20 @@ def listed(members: Iterable[Member]) -> str:
     return ", ".join(str(member) for member in members) or "nobody"
 
 
-def effect_text(effect: Effect) -> str:
+def effect_text(effect: Effect, plan: Plan | None) -> str:
+    """`plan` is the newest one."""
     match effect:
         case Send(Quiesce(generation, urgent, lost, _, ask_agents)):
             asked = ", agents are to answer" if ask_agents else ""
             how = "now" if urgent else "gently"
             return f"send quiesce {generation} {how}, lost {listed(lost)}{asked}"
-        case Send(Adopt(plan)):
+        case Send(Adopt() | PlanChange()):
+            assert plan is not None
             return f"send plan {plan.generation} to {listed(a.member for a in plan.placement)}"
+        case Send(WholePlan(oldest)):
+            return f"send plan {oldest.generation} as a whole"
+        case ForgetPlan(generation):
+            return f"forget plan {generation}"
         case Send(Fence(member, asked_to, waited)):
             return f"send fence {member}: did not {asked_to} in {waited:g} s"
         case Send(Leave(node, life)):

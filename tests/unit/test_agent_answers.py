@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from clusters import start
+from scenes import job_shape, step_done
 
 from elastic.agent import Agent, Departure
 from elastic.config import HealthConfig
@@ -18,21 +20,29 @@ from elastic.faults import Fault, FaultInjection, SlotTarget
 from elastic.keys import agent_key, decode, encode, job_prefix, key_of
 from elastic.memory_store import MemoryStore
 from elastic.messages import (
+    Adopt,
+    AgentMessage,
     AgentRecord,
     Failed,
     FaultFired,
     Fence,
     Leave,
+    NodeProgress,
     NodeReport,
+    PhaseDone,
+    PlanChange,
     Quiesce,
     Quiesced,
     Ready,
+    RecoveryPhase,
+    StepDone,
     Stop,
     StoreMessage,
     Struck,
     WorkerMessage,
 )
 from elastic.node_workers import NodeSpec, WorkerSpec
+from elastic.plan_chain import publication
 from elastic.store import Change
 from elastic.topology import DeviceId, Member
 from health.events import FaultKind
@@ -85,7 +95,7 @@ class Spawner:
 class Node:
     """The agent of a node with two devices, and what it writes."""
 
-    def __init__(self, logs: Path, drain_timeout_seconds: float) -> None:
+    def __init__(self, logs: Path, health: HealthConfig) -> None:
         self.store = MemoryStore()
         self.spawner = Spawner()
         self.devices = (DeviceId(0, 0), DeviceId(0, 1))
@@ -95,7 +105,7 @@ class Node:
             node=0,
             host="localhost",
             devices=self.devices,
-            health=HealthConfig(drain_timeout_seconds=drain_timeout_seconds),
+            health=health,
             faults=FAULTS,
             logs=logs,
             worker_main=lambda connection, spec: None,
@@ -120,14 +130,14 @@ class Node:
 
         return await asyncio.wait_for(found(), PATIENCE_SECONDS)
 
-    async def told(self, device: DeviceId) -> None:
-        """The worker of `device` was written to."""
+    async def told(self, device: DeviceId) -> AgentMessage:
+        """What the worker of `device` is told next."""
         loop, heard = asyncio.get_running_loop(), asyncio.Event()
         line: Connection = self.spawner.workers[device].line
         loop.add_reader(line.fileno(), heard.set)
         await asyncio.wait_for(heard.wait(), PATIENCE_SECONDS)
         loop.remove_reader(line.fileno())
-        line.recv_bytes()
+        return msgspec.msgpack.decode(line.recv_bytes(), type=AgentMessage)
 
 
 def with_node(
@@ -135,9 +145,13 @@ def with_node(
     story: Callable[[Node], Awaitable[None]],
     *,
     drain_timeout_seconds: float = 60.0,
+    report_seconds: float = 60.0,
 ) -> Departure:
     async def main() -> Departure:
-        node = Node(tmp_path, drain_timeout_seconds)
+        health = HealthConfig(
+            drain_timeout_seconds=drain_timeout_seconds, report_seconds=report_seconds
+        )
+        node = Node(tmp_path, health)
         serving = node.serving = asyncio.create_task(node.agent.run())
         try:
             await node.written(lambda m: isinstance(m, AgentRecord) and len(m.ready) == 2)
@@ -251,6 +265,33 @@ def test_a_draining_agent_starts_no_more_processes(tmp_path: Path) -> None:
     with_node(tmp_path, story)
 
 
+def step(node: Node, slot: int, number: int, *, awaited: bool = False) -> StepDone:
+    return step_done(1, Member(node.devices[slot], 1), number, 1.0, awaited=awaited)
+
+
+def is_progress(message: object) -> bool:
+    return isinstance(message, NodeProgress)
+
+
+def test_what_nobody_waits_for_is_said_with_what_somebody_does(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        first, second = (node.spawner.workers[device] for device in node.devices)
+        for number in range(3):
+            second.say(step(node, 1, number))
+        second.say(awaited := PhaseDone(1, Member(node.devices[1], 1), RecoveryPhase.RESUME, 1.0))
+        progress = await node.written(is_progress)
+        assert progress.notes == (*(step(node, 1, number) for number in range(3)), awaited)
+        first.say(step(node, 0, 3, awaited=True))
+        progress = await node.written(is_progress)
+        assert progress.notes == (step(node, 0, 3, awaited=True),)
+        assert {each.member.device.index: each.committed for each in progress.statuses} == {
+            0: 3,
+            1: 2,
+        }
+
+    with_node(tmp_path, story)
+
+
 def test_an_agent_that_is_not_let_go_leaves_when_its_time_is_over(tmp_path: Path) -> None:
     async def story(node: Node) -> None:
         await drained(node)
@@ -287,5 +328,47 @@ def test_a_fault_that_struck_is_known_to_all_before_the_failure_it_caused(tmp_pa
         await node.written(lambda m: isinstance(m, AgentRecord) and Member(second, 2) in m.ready)
         assert node.spawner.workers[first].spec.faults == FAULTS[1:]
         assert node.spawner.workers[second].spec.faults == ()
+
+    with_node(tmp_path, story)
+
+
+def test_what_nobody_waits_for_is_said_in_the_end(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        node.spawner.workers[node.devices[0]].say(step(node, 0, 0))
+        assert (await node.written(is_progress)).notes == (step(node, 0, 0),)
+
+    with_node(tmp_path, story, report_seconds=0.01)
+
+
+def test_all_steps_are_said_before_the_answers(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        workers = [node.spawner.workers[device] for device in node.devices]
+        await node.command(Quiesce(2, True, (), "because"))
+        for slot, worker in enumerate(workers):
+            await node.told(node.devices[slot])
+            worker.say(step(node, slot, 0))
+            worker.say(answer(worker.spec.member))
+        said = await node.written(lambda m: isinstance(m, NodeProgress | NodeReport))
+        assert said.notes == tuple(step(node, slot, 0) for slot in range(2))
+        assert len((await node.written(lambda m: isinstance(m, NodeReport))).workers) == 2
+
+    with_node(tmp_path, story)
+
+
+def test_a_new_worker_begins_with_a_whole_plan(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        cluster = start(job_shape(), per_node=2)
+        device, lost = node.devices
+        again = cluster.without([lost]).advance()
+        change = publication(cluster.history, again.plan)
+        await node.command(Adopt(cluster.plan))
+        assert await node.told(device) == await node.told(lost) == Adopt(cluster.plan)
+        await node.command(Quiesce(2, True, (), "because"))
+        assert isinstance(await node.told(device), Quiesce)
+        await node.command(change)
+        assert isinstance(change, PlanChange) and await node.told(device) == change
+        node.spawner.workers[lost].kill()
+        await node.written(lambda m: isinstance(m, AgentRecord) and Member(lost, 2) in m.ready)
+        assert await node.told(lost) == Adopt(again.plan)
 
     with_node(tmp_path, story)

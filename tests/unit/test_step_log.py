@@ -116,3 +116,45 @@ def test_a_report_of_an_unknown_generation_is_left_out(stage: Stage) -> None:
     log = StepLog(plans(stage))
     take(log, reports(stage, 0, generation=7))
     assert log.flush() == []
+
+
+def test_two_ranks_may_speak_for_all(stage: Stage) -> None:
+    log = StepLog(plans(stage))
+    first, *others, last = (
+        step_done(1, member, 0, 10.0, awaited=member in (stage.placed[0], stage.placed[-1]))
+        for member in stage.placed
+    )
+    assert take(log, [first, *others]) == []
+    (line,) = log.take(last)
+    assert (line.step, line.loss) == (0, 2.0)
+    assert take(log, others) == [] and log.flush() == []
+
+
+def test_nobody_speaks_for_others_where_digests_are_to_be_compared(stage: Stage) -> None:
+    log = StepLog(plans(stage))
+    every = [
+        step_done(1, member, 0, 10.0, awaited=True, sharded_digest=1, replicated_digest=5)
+        for member in stage.placed
+    ]
+    assert take(log, every[:-1]) == []
+    (line,) = log.take(every[-1])
+    assert line.replicas_equal is True
+
+
+def test_a_dropped_attempt_of_one_speaker_is_no_line(stage: Stage) -> None:
+    log = StepLog(plans(stage))
+    dead, *alive = stage.placed
+    assert take(log, [step_done(1, dead, 4, 10.0, awaited=True)]) == []
+    stage.failed(dead)
+    stage.answers({member: committed(3) for member in alive})
+    speakers = [step_done(2, member, 4, 11.0, awaited=True) for member in (alive[0], alive[-1])]
+    assert log.take(speakers[0]) == []
+    (line,) = log.take(speakers[1])
+    assert line.generation == 2
+
+
+def test_a_late_report_brings_no_second_line(stage: Stage) -> None:
+    log = StepLog(plans(stage))
+    take(log, reports(stage, 0, stage.placed[1:]))
+    assert [line.step for line in take(log, reports(stage, 1))] == [0, 1]
+    assert take(log, reports(stage, 0)) == [] and log.flush() == []
