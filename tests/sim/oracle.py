@@ -71,7 +71,7 @@ class Oracle:
         self._prepared: dict[tuple[int, int], dict[Member, tuple[int, ...]]] = {}
         self._whole: set[tuple[int, int]] = set()
         self._announced = 1
-        self._whole = 0
+        self._whole_plan = 0
         self._intended: dict[int, Plan] = {}
         self._leader: str | None = None
         self._failed: dict[Member, int] = {}
@@ -99,13 +99,13 @@ class Oracle:
                 if isinstance(before, AgentRecord):
                     self._lost |= dict.fromkeys(before.ready, told.revision)
                 elif isinstance(before, PlanChange):
-                    kept = self._whole
+                    kept = self._whole_plan
                     check(
                         before.generation < kept, f"plan {before.generation} is gone before {kept}"
                     )
             case WholePlan(plan):
                 check(plan == self.plans[plan.generation], f"plan {plan.generation} is another one")
-                self._whole = plan.generation
+                self._whole_plan = plan.generation
             case Quiesce(generation):
                 check(
                     generation > self._announced or value == before,
