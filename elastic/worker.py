@@ -47,11 +47,11 @@ from elastic.messages import (
 )
 from elastic.plan import Plan
 from elastic.rendezvous_client import RendezvousStore
+from elastic.replica_groups import replica_groups, replica_mates
 from elastic.session import Session, StepPoint, standing
-from elastic.topology import Assignment, Coordinate, Member
+from elastic.topology import Coordinate, Member
 from health.heartbeat import Activity
 from ntp.geometry import SlotRef
-from ntp.groups import GroupAxis
 from ntp.process_groups import GroupKey, ProcessGroups, connection_error
 
 
@@ -275,7 +275,7 @@ class Worker:
         rank = [assignment.member for assignment in plan.participants].index(self.member)
         donates = rank >= len(plan.placement)
         keeps = place.replica in plan.kept_replicas
-        kept = _replica_groups(plan, self.member) if keeps else {}
+        kept = replica_groups(plan, self.member) if keeps else {}
         store = RendezvousStore(plan.rendezvous, self.groups.build_timeout_seconds)
         self._rendezvous = store
         # From here on the link's thread can end a wait for the store; it may have tried before.
@@ -370,7 +370,7 @@ class Worker:
             held = standing(
                 self._slot, self.session, self._layout_generation, self._pending_generation
             )
-        groups = _replica_groups(self.plan, self.member) if self.plan else {}
+        groups = replica_groups(self.plan, self.member) if self.plan else {}
         intact = bool(groups) and all(self.groups.intact(*group) for group in groups.items())
         now = time.time()
         self._link.send(Quiesced(quiesce.generation, self.member, held, intact, now))
@@ -391,9 +391,9 @@ class Worker:
         """The groups inside this worker's replica, unless the replica lost a member."""
         # The link's thread asks too, so the plan is read once.
         plan = self.plan
-        if plan is None or any(a.member in lost for a in _replica_mates(plan, self.member)):
+        if plan is None or any(a.member in lost for a in replica_mates(plan, self.member)):
             return frozenset()
-        return frozenset(_replica_groups(plan, self.member))
+        return frozenset(replica_groups(plan, self.member))
 
     def _takes_part(self, plan: Plan) -> bool:
         return any(assignment.member == self.member for assignment in plan.participants)
@@ -407,27 +407,3 @@ class Worker:
 
     def _done(self, phase: RecoveryPhase) -> None:
         self._link.send(PhaseDone(self.generation, self.member, phase, time.time()))
-
-
-def _replica_mates(plan: Plan, member: Member) -> list[Assignment]:
-    """Assignments of the replica that `member` works for, its own included; [] if it has none."""
-    replicas = {a.coordinate.replica for a in plan.placement if a.member == member}
-    return [a for a in plan.placement if a.coordinate.replica in replicas]
-
-
-def _replica_groups(plan: Plan, member: Member) -> dict[GroupKey, tuple[str, ...]]:
-    """The tensor-parallel and the pipeline group of `member`, with the names of their members."""
-    mates = _replica_mates(plan, member)
-    place = next((a.coordinate for a in mates if a.member == member), None)
-    if place is None:
-        return {}
-    groups: dict[GroupKey, tuple[str, ...]] = {
-        (GroupAxis.TENSOR, (place.replica, place.stage)): tuple(
-            str(a.member) for a in mates if a.coordinate.stage == place.stage
-        )
-    }
-    if plan.stages > 1:
-        groups[GroupAxis.PIPELINE, (place.replica, place.slot)] = tuple(
-            str(a.member) for a in mates if a.coordinate.slot == place.slot
-        )
-    return groups
