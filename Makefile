@@ -48,13 +48,14 @@ $(PEERS_STAMP): $(STAMP)
 	-$(PEERS_BIN)/python -m pip install -c constraints.txt nvidia-resiliency-ext==0.4.1
 	touch $@
 
-bench: $(STAMP) $(PEERS_STAMP) ## Measure recovery, overhead, resharding, uneven replicas and all-reduces
+bench: $(STAMP) $(PEERS_STAMP) ## Measure recovery, overhead, scale, resharding, uneven replicas and all-reduces
 	$(BIN)/python -m benchmarks.uneven
 	$(BIN)/python -m benchmarks.reshard
 	$(BIN)/python -m benchmarks.uneven_step
 	$(BIN)/python -m benchmarks.gradient_sync
 	$(BIN)/python -m benchmarks.recovery --runs $(RUNS)
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.all_reduce
 
 clean: ## Remove runs and caches; keeps .venv and .venv-peers

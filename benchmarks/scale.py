@@ -47,6 +47,7 @@ from elastic.messages import (
 )
 from elastic.plan import Plan
 from elastic.planner import Situation, plan_generation
+from elastic.serve import collect_rarely
 from elastic.session import Session, standing
 from elastic.step_log import StepLog
 from elastic.topology import Assignment, DeviceId, Member
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=NODES)
     parser.add_argument("--step-seconds", type=float, default=10.0)
     options = parser.parse_args()
+    collect_rarely()
     failures: list[Failure] = []
     calms: list[Calm] = []
     for nodes in options.nodes:

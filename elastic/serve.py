@@ -12,6 +12,7 @@ store: the first one says what it has, and one that has something else does not 
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -54,11 +55,18 @@ async def serve_controller(
 
     Raises OtherJob, StoreUnavailable or StoreRefused if it cannot take part.
     """
+    collect_rarely()
     run.logs.mkdir(parents=True, exist_ok=True)
     _allow_many_connections()
     async with open_store(config, run.logs / "etcd.log") as store:
         await _agree(store, run)
         return await _until_asked(candidate(run, store, name, listener).run())
+
+
+def collect_rarely() -> None:
+    """Look for cyclic garbage less often than usual: a controller makes hardly any, and of a large
+    job it holds millions of objects, through which each search goes in the middle of a recovery."""
+    gc.set_threshold(100_000, 50, 100)
 
 
 async def serve_agent(run: RunSpec, config: StoreConfig, node: int, host: str) -> Departure | Asked:

@@ -34,6 +34,7 @@ from elastic.messages import (
     WholePlan,
 )
 from elastic.plan import Plan
+from elastic.plan_chain import generation_of
 from elastic.plan_change import changed
 from elastic.session import StepPoint
 from elastic.topology import Member
@@ -98,11 +99,9 @@ class Oracle:
             case None:
                 if isinstance(before, AgentRecord):
                     self._lost |= dict.fromkeys(before.ready, told.revision)
-                elif isinstance(before, PlanChange):
-                    kept = self._whole_plan
-                    check(
-                        before.generation < kept, f"plan {before.generation} is gone before {kept}"
-                    )
+                elif isinstance(before, Adopt | PlanChange):
+                    gone, kept = generation_of(before), self._whole_plan
+                    check(gone < kept, f"plan {gone} is gone before {kept}")
             case WholePlan(plan):
                 check(plan == self.plans[plan.generation], f"plan {plan.generation} is another one")
                 self._whole_plan = plan.generation

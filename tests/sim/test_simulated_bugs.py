@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +17,15 @@ from sim_store import SimStore
 from sim_worker import SimWorker
 from world import World
 
-from elastic import degrees, kept_gradients, moves, placement, planner
+from elastic import degrees, job, kept_gradients, moves, placement, planner
 from elastic.adoption import Adoption
 from elastic.controller import Controller
-from elastic.effects import Effect, Phase
+from elastic.effects import Effect, ForgetPlan, Phase
 from elastic.job import Job
 from elastic.membership import Membership
-from elastic.messages import StoreMessage
+from elastic.messages import Adopt, PlanChange, StoreMessage
 from elastic.plan import Plan
+from elastic.plan_chain import publication
 from elastic.recorded import Recorded, read_messages
 from elastic.session import Resume, Standing, StepPoint, decide_resume
 from elastic.store import Guard
@@ -312,3 +313,27 @@ def test_a_violation_tells_its_story_and_how_to_rerun_it(monkeypatch: pytest.Mon
     lines = first_violation()
     assert lines[-1].startswith("rerun: EVERSTEP_SIM_SEED=")
     assert any("dies in step" in line for line in lines)
+
+
+def test_a_plan_told_as_a_change_to_an_older_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(plans: Mapping[int, Plan], plan: Plan) -> Adopt | PlanChange:
+        known = dict(plans)
+        if len(known) > 1:
+            known.popitem()
+        return publication(known, plan)
+
+    monkeypatch.setattr(job, "publication", late)
+    assert "not the newest one" in first_violation()[0]
+
+
+def test_plans_deleted_without_a_whole_one_before_the_rest_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forget(decided: job.Job) -> list[Effect]:
+        effects = forget_plans(decided)
+        return [effect for effect in effects if isinstance(effect, ForgetPlan)]
+
+    forget_plans = job.Job._forget_plans
+    monkeypatch.setattr(job, "KEPT_PLANS", 1)
+    monkeypatch.setattr(job.Job, "_forget_plans", forget)
+    assert "is gone before" in first_violation()[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from scenes import LIMITS, Stage, committed, failure_of, job_shape, keeping, prepared
 
+from elastic import job as job_module
 from elastic.controller import _TABLE, ProtocolError
 from elastic.effects import (
     AgentGone,
@@ -570,6 +571,36 @@ def test_a_dead_worker_is_not_believed_when_a_late_record_still_lists_it() -> No
     stage.returns(0, 0, 1)
     stage.answers({m: committed(0) for m in stage.placed if m != lost})
     assert lost not in stage.placed
+
+
+def test_a_long_job_leaves_no_more_keys_than_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whoever takes over in the end knows the same plans."""
+    monkeypatch.setattr(job_module, "KEPT_PLANS", 2)
+    stage = Stage(job_shape(steps=100), replace(LIMITS, max_recoveries=100))
+    stage.start()
+    stage.steps(0)
+    sizes = []
+    for round_number in range(1, 13):
+        stage.failed(stage.member(0, 0, round_number))
+        stage.answers({m: committed(2 * round_number - 2) for m in alive(stage, round_number)})
+        stage.phases()
+        stage.steps(2 * round_number - 1)
+        stage.returns(0, 0, round_number + 1)
+        stage.answers({m: committed(2 * round_number - 1) for m in stage.placed})
+        stage.phases()
+        stage.steps(2 * round_number)
+        # Failures stay: who died is not to be believed, whatever comes late.
+        sizes.append(len([key for key in stage.stored if "/events/" not in key]))
+    assert stage.controller.generation == 25
+    assert max(sizes[3:]) == max(sizes[3:6])
+    plans = dict(stage.controller.plans)
+    assert 2 <= len(plans) < 4
+    stage.succeed()
+    assert stage.controller.plans.items() >= dict(list(plans.items())[-2:]).items()
+
+
+def alive(stage: Stage, incarnation: int) -> list[Member]:
+    return [m for m in stage.placed if m != stage.member(0, 0, incarnation)]
 
 
 def test_nobody_is_asked_to_grow_in_the_last_step() -> None:
