@@ -17,7 +17,7 @@ from sim_store import SimStore
 from sim_worker import SimWorker
 from world import World
 
-from elastic import degrees, job, kept_gradients, moves, placement, planner
+from elastic import degrees, kept_gradients, moves, placement, planner
 from elastic.adoption import Adoption
 from elastic.controller import Controller
 from elastic.effects import Effect, ForgetPlan, Phase
@@ -322,18 +322,18 @@ def test_a_plan_told_as_a_change_to_an_older_one_is_found(monkeypatch: pytest.Mo
             known.popitem()
         return publication(known, plan)
 
-    monkeypatch.setattr(job, "publication", late)
+    monkeypatch.setattr("elastic.job.publication", late)
     assert "not the newest one" in first_violation()[0]
 
 
 def test_plans_deleted_without_a_whole_one_before_the_rest_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def forget(decided: job.Job) -> list[Effect]:
+    def forget(decided: Job) -> list[Effect]:
         effects = forget_plans(decided)
         return [effect for effect in effects if isinstance(effect, ForgetPlan)]
 
-    forget_plans = job.Job._forget_plans
-    monkeypatch.setattr(job, "KEPT_PLANS", 1)
-    monkeypatch.setattr(job.Job, "_forget_plans", forget)
+    forget_plans = Job._forget_plans
+    monkeypatch.setattr("elastic.job.KEPT_PLANS", 1)
+    monkeypatch.setattr(Job, "_forget_plans", forget)
     assert "is gone before" in first_violation()[0]
