@@ -27,9 +27,9 @@ from rich.table import Table
 
 from benchmarks.common import progress, run_main
 from benchmarks.uneven import SHAPE
-from elastic.config import HealthConfig
 from elastic.controller import Controller
 from elastic.effects import Effect, Event, Limits, Note, Send
+from elastic.health_config import HealthConfig
 from elastic.job_shape import JobShape, cluster_devices
 from elastic.keys import decode, encode, key_of
 from elastic.messages import (

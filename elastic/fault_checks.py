@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from elastic.config import ClusterConfig, ParallelConfig, StoreConfig
+from elastic.config import ClusterConfig, ParallelConfig
 from elastic.faults import (
     Component,
     ComponentTarget,
@@ -20,6 +20,7 @@ from elastic.faults import (
     Target,
 )
 from elastic.network import check_network
+from elastic.store_config import StoreConfig
 
 
 def check_faults(

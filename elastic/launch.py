@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from elastic.component_strikes import ComponentStrikes
-from elastic.config import StoreConfig
 from elastic.etcd_access import read_access
 from elastic.etcd_store import EtcdStore
 from elastic.faults import FaultInjection
@@ -37,6 +36,7 @@ from elastic.private_etcd import PrivateEtcd
 from elastic.run_spec import RunSpec
 from elastic.serve import clear_ended, wish_to_stop
 from elastic.store import Store
+from elastic.store_config import StoreConfig
 from elastic.tail import RunTail
 
 PARENT = "EVERSTEP_PARENT"

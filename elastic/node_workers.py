@@ -21,8 +21,8 @@ from typing import Protocol
 
 import msgspec
 
-from elastic.config import HealthConfig
 from elastic.faults import Fault, FaultInjection, without_struck
+from elastic.health_config import HealthConfig
 from elastic.messages import AgentMessage, Beat, Failed, FaultFired, Ready, Struck, WorkerMessage
 from elastic.spawn import Child, Spawner
 from elastic.topology import DeviceId, Member

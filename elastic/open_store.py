@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from elastic.config import StoreConfig
 from elastic.memory_store import MemoryStore
 from elastic.store import Store
+from elastic.store_config import StoreConfig
 
 
 @asynccontextmanager

@@ -10,11 +10,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic.config import ClusterConfig, HealthConfig
+from elastic.config import ClusterConfig
 from elastic.controller import Controller
 from elastic.driver import Driver
 from elastic.effects import Limits
 from elastic.faults import Fault
+from elastic.health_config import HealthConfig
 from elastic.job_shape import JobShape, cluster_devices
 from elastic.journal import Listener, Recorder
 from elastic.node_workers import NodeSpec, WorkerMain

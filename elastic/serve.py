@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from elastic.agent import Agent, Departure
-from elastic.config import StoreConfig
 from elastic.effects import Finish
 from elastic.journal import Listener
 from elastic.keys import encode, job_prefix, key_of, settings_key
@@ -31,6 +30,7 @@ from elastic.open_store import open_store
 from elastic.run_spec import RunSpec, candidate, node_spec
 from elastic.spawn import Spawner
 from elastic.store import AlreadyExists, Store
+from elastic.store_config import StoreConfig
 
 Result = TypeVar("Result")
 

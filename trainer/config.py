@@ -14,14 +14,10 @@ from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from elastic.config import (
-    ClusterConfig,
-    HealthConfig,
-    ParallelConfig,
-    Settings,
-    StoreConfig,
-    check_cluster,
-)
+from elastic.config import ClusterConfig, ParallelConfig, check_cluster
+from elastic.health_config import HealthConfig
+from elastic.settings import Settings
+from elastic.store_config import StoreConfig
 from ntp.model_shape import ModelShape
 
 BYTE_VALUES: Final = 256

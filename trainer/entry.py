@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from multiprocessing.connection import Connection
 
-from elastic.config import Settings
 from elastic.node_workers import WorkerSpec
+from elastic.settings import Settings
 from trainer.config import RunConfig
 
 

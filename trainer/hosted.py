@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from elastic.config import StoreConfig
 from elastic.faults import Fault
 from elastic.journal import Listener
 from elastic.local import Ended
 from elastic.network import Network
 from elastic.run_spec import RunSpec
 from elastic.spawn import end_with
+from elastic.store_config import StoreConfig
 from trainer.config import RunConfig
 from trainer.data import load_corpus
 from trainer.entry import Payload, worker_main

@@ -17,11 +17,11 @@ from backends import first, run
 from etcd3aio import PermissionType, prefix_range_end
 from etcd3aio.auth import AuthService
 
-from elastic.config import StoreConfig
 from elastic.etcd_access import EtcdAccess, read_access
 from elastic.etcd_store import EtcdStore
 from elastic.private_etcd import PrivateEtcd, find_etcd
 from elastic.store import Guard, Store, StoreRefused, StoreUnavailable
+from elastic.store_config import StoreConfig
 
 PREFIX = "/team-a"
 

@@ -15,9 +15,9 @@ import pytest
 from backends import PATIENCE_SECONDS, run
 
 from elastic import private_etcd
-from elastic.config import StoreConfig
 from elastic.open_store import open_store
 from elastic.private_etcd import EtcdFailed, EtcdMissing, PrivateEtcd, find_etcd
+from elastic.store_config import StoreConfig
 
 STARTER = """
 import asyncio, pathlib, sys, time

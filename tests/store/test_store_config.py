@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from elastic.config import StoreConfig
 from elastic.etcd_access import EtcdAccess, read_access
+from elastic.store_config import StoreConfig
 
 ONE = ("10.0.0.1:2379",)
 TWO = ("10.0.0.1:2379", "10.0.0.2:2379")

@@ -15,8 +15,8 @@ from clusters import start
 from scenes import job_shape, step_done
 
 from elastic.agent import Agent, Departure
-from elastic.config import HealthConfig
 from elastic.faults import Fault, FaultInjection, SlotTarget
+from elastic.health_config import HealthConfig
 from elastic.keys import agent_key, decode, encode, job_prefix, key_of
 from elastic.memory_store import MemoryStore
 from elastic.messages import (

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from elastic.config import ClusterConfig, HealthConfig, ParallelConfig, check_cluster
+from elastic.config import ClusterConfig, ParallelConfig, check_cluster
+from elastic.health_config import HealthConfig
 from elastic.workload import SplitBatchBy
 from ntp.model_shape import ModelShape
 from trainer.config import RunConfig, model_shape

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.config import ClusterConfig, ParallelConfig, StoreConfig
+from elastic.config import ClusterConfig, ParallelConfig
 from elastic.fault_checks import check_faults, check_launcher
 from elastic.faults import (
     SUPPORTED_KINDS,
@@ -28,6 +28,7 @@ from elastic.faults import (
     load_faults,
 )
 from elastic.network import NetworkRefused
+from elastic.store_config import StoreConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = {"at_step": 3, "kind": "sigkill", "target": {"replica": 1, "slot": 2}}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from elastic.config import HealthConfig
+from elastic.health_config import HealthConfig
 from health.policy import LivenessPolicy, QuarantinePolicy, progress_deadline
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=100)
