@@ -23,7 +23,7 @@ THREE_NODES = [
     "train.global_batch_size=6",
     "train.micro_batch_size=1",
     "train.seq_length=16",
-    "train.steps=160",
+    "train.steps=100",
     "health.lease_seconds=2",
 ]
 
@@ -47,13 +47,22 @@ def last_step_of_the_cut_off_side(run: Run, node: int) -> int:
 def test_a_node_that_is_cut_off_commits_nothing_and_comes_back(tmp_path: Path) -> None:
     # Where the coordination state is kept changes nothing, and the memory store starts sooner.
     calm = run_job(tmp_path / "calm", overrides=THREE_NODES)
-    fault = {
-        "at_step": CUT_AT,
-        "kind": "partition",
-        "target": {"node": 1},
-        "heal_at_step": HEALED_AT,
-    }
-    run = run_job(tmp_path / "cut", [fault], [*THREE_NODES, "store.kind=etcd"])
+    faults = [
+        {
+            "at_step": CUT_AT,
+            "kind": "partition",
+            "target": {"node": 1},
+            "heal_at_step": HEALED_AT,
+        },
+        # The job is not to be over before the node can be back, however fast this machine is.
+        {
+            "at_step": HEALED_AT + 20,
+            "kind": "slow",
+            "target": {"replica": 0, "slot": 0},
+            "args": {"seconds": 4},
+        },
+    ]
+    run = run_job(tmp_path / "cut", faults, [*THREE_NODES, "store.kind=etcd"])
     check_like_calm(run, calm, tolerance=1e-9, failures=2)
     assert {failure["kind"] for failure in run.summary["failures"]} == {"node_lost"}
     without = [step["step"] for step in run.steps if len(step["degrees"]) == 2]
