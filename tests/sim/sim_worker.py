@@ -327,6 +327,7 @@ class SimWorker:
         self.oracle.committed(self)
         now = self.clock.now
         generation, replica = self._step_started
+        assert self.plan is not None
         self._send(
             StepDone(
                 generation=generation,
@@ -342,7 +343,7 @@ class SimWorker:
                 started_at=now,
                 compute_seconds=0.5 + 0.3 * self.slot.replica,
                 at=now,
-                awaited=step == self.world.shape.steps - 1 or self._speaks(),
+                awaited=step == self.world.shape.steps - 1 or self.plan.speaks(self.member),
             )
         )
 
@@ -396,11 +397,6 @@ class SimWorker:
     def slot(self) -> SlotRef:
         """This worker's slot, as the geometry of its stage names it."""
         return self.place.slot_ref
-
-    def _speaks(self) -> bool:
-        assert self.plan is not None
-        placement = self.plan.placement
-        return self.member in (placement[0].member, placement[-1].member)
 
     def _takes_part(self, plan: Plan) -> bool:
         return any(assignment.member == self.member for assignment in plan.participants)
