@@ -212,7 +212,6 @@ def _progress(node: int, places: Iterable[Assignment], words: Sequence[Word]) ->
 
 
 def _step(job: Job, place: Assignment) -> StepDone:
-    placement = job.plan.placement
     return StepDone(
         generation=job.plan.generation,
         member=place.member,
@@ -227,7 +226,7 @@ def _step(job: Job, place: Assignment) -> StepDone:
         started_at=time.time(),
         compute_seconds=7.5,
         at=time.time(),
-        awaited=place.member in (placement[0].member, placement[-1].member),
+        awaited=job.plan.speaks(place.member),
     )
 
 

@@ -163,6 +163,11 @@ class Plan:
         """Whether this participant fills a place that it did not have before."""
         return member in self.newcomers or any(member == mover for _, mover in self.movers)
 
+    def speaks(self, member: Member) -> bool:
+        """Whether this worker's reports of steps may stand for everybody's: two ranks' do, which
+        are on two nodes if there are several."""
+        return member in (self.placement[0].member, self.placement[-1].member)
+
     def groups_of(self, rank: int) -> tuple[GroupSpec, ...]:
         """The communicators that rank `rank` of the meeting is in, in creation order."""
         sync = plan_sync(self.layout)

@@ -378,8 +378,10 @@ def _kept_replicas(
     They must have had them in the source's plan too: whoever is new there since then may speak of
     other groups.
     """
-    broken = {answer.member for answer in answers.values() if not answer.replica_groups_intact}
-    # Mostly none is, and then there is no need to look at everybody.
+    # Mostly none is broken, and then there is no need to look at every member.
+    broken = set[Member]()
+    if not all(map(attrgetter("replica_groups_intact"), answers.values())):
+        broken = {answer.member for answer in answers.values() if not answer.replica_groups_intact}
     return tuple(
         replica
         for replica, row in after.items()

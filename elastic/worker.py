@@ -146,13 +146,6 @@ class Worker:
         return next(a.coordinate for a in self.plan.participants if a.member == self.member)
 
     @property
-    def _speaks(self) -> bool:
-        """Whether this worker's report of a step stands for everybody's."""
-        assert self.plan is not None
-        placement = self.plan.placement
-        return self.member in (placement[0].member, placement[-1].member)
-
-    @property
     def generation(self) -> int:
         """Generation of the current plan; 0 before the first."""
         return self.plan.generation if self.plan else 0
@@ -207,6 +200,7 @@ class Worker:
         self._cold = False
         figures = trainable.figures(step, vote)
         generation, replica, started_at = self._step_started
+        speaks = self.plan is not None and self.plan.speaks(self.member)
         self._link.send(
             StepDone(
                 generation=generation,
@@ -222,7 +216,7 @@ class Worker:
                 started_at=started_at,
                 compute_seconds=self._compute_seconds,
                 at=time.time(),
-                awaited=self._speaks or figures.last or figures.sharded_digest is not None,
+                awaited=speaks or figures.last or figures.sharded_digest is not None,
             )
         )
 

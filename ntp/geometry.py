@@ -21,7 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise, product, starmap
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -223,7 +223,7 @@ class ParallelLayout:
     def slots(self) -> tuple[SlotRef, ...]:
         """Active slots in order of replica and slot; the position is the rank in the world."""
         slots = (product((replica.replica,), replica.active) for replica in self.replicas)
-        return tuple(map(SlotRef._make, chain.from_iterable(slots)))
+        return tuple(starmap(SlotRef, chain.from_iterable(slots)))
 
 
 def full_layout(counts: AtomCounts, tp_base: int, replicas: int) -> ParallelLayout:

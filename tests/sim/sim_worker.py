@@ -340,8 +340,9 @@ class SimWorker:
             self.values[piece] = mix(value, step, vote[0])
         self.session = self.session.commit()
         self.oracle.committed(self)
-        awaited = step == self.world.shape.steps - 1 or self._speaks()
         now = self.clock.now
+        assert self.plan is not None
+        awaited = step == self.world.shape.steps - 1 or self.plan.speaks(self.member)
         self._send(step_done(self.member, *self._step_started, step, vote, now, awaited=awaited))
 
     def _promote(self) -> None:
@@ -397,11 +398,6 @@ class SimWorker:
     def slot(self) -> SlotRef:
         """This worker's slot, as the geometry of its stage names it."""
         return self.place.slot_ref
-
-    def _speaks(self) -> bool:
-        assert self.plan is not None
-        placement = self.plan.placement
-        return self.member in (placement[0].member, placement[-1].member)
 
     def _takes_part(self, plan: Plan) -> bool:
         return any(assignment.member == self.member for assignment in plan.participants)
