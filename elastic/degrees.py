@@ -13,7 +13,7 @@ wounded replicas: a whole one has groups that live, and is what the others recov
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -88,13 +88,16 @@ def present_crews(
         if wounded := len(row) < shape.tensor * shape.stages:
             places = [*dict(row), *roster.returned.get(replica, ())]
             degree = len(complete_slots(places, shape.stages))
-        home = homes.get(Coordinate(replica, 0, 0))
-        local = home is not None and not shape.rules.tensor_across_nodes
+        nodes: tuple[int, ...] = ()
+        if not shape.rules.tensor_across_nodes:
+            home = homes.get(Coordinate(replica, 0, 0))
+            there = {member.device.node for _, member in row} if wounded else set()
+            nodes = tuple(sorted(there)) or ((home.node,) if home else ())
         crews[replica] = Crew(
             degree,
             paces.get(replica, TYPICAL),
             len(roster.held.get(replica, ())) if search.memory.limit else 0,
-            home.node if home is not None and local else -1,
+            nodes,
             wounded,
         )
     return crews
@@ -132,8 +135,14 @@ def most(search: Search, candidates: Iterable[Crews]) -> Crews:
     return max(candidates, key=lambda crews: search.model.score(Counter(crews.values())) or (-inf,))
 
 
-def climb(search: Search, crews: Crews, *, trading: bool) -> Crews:
-    """Make the best trade, again and again, until none helps.
+def climb(
+    search: Search,
+    crews: Crews,
+    *,
+    trading: bool,
+    receives: Callable[[Crew], bool] = lambda crew: True,
+) -> Crews:
+    """Make the best trade, again and again, until none helps; only some may receive.
 
     Free workers are given away also where that does not hurt: a smaller part needs less memory, and
     there is one copy more of it.
@@ -143,7 +152,8 @@ def climb(search: Search, crews: Crews, *, trading: bool) -> Crews:
         now = search.model.score(counts)
         better: list[tuple[Score, _Trade]] = []
         free_slots = search.free_workers(crews) // search.shape.stages
-        for trade in _trades(search, counts, free_slots, trading=trading):
+        receivers = [crew for crew in sorted(counts) if receives(crew)]
+        for trade in _trades(search, counts, receivers, free_slots, trading=trading):
             score = search.model.score(_after(counts, trade))
             free = trade.giver is None
             if score is not None and (now is None or score > now or (free and score == now)):
@@ -161,10 +171,12 @@ def climb(search: Search, crews: Crews, *, trading: bool) -> Crews:
 
 
 def sharing(search: Search, crews: Crews) -> Iterator[Crews]:
-    """Give up one wounded replica of each kind, and share its workers among all others."""
+    """Give up one wounded replica of each kind, and share its workers among those at work."""
     last = {crew: replica for replica, crew in crews.items() if crew.degree and crew.wounded}
     for crew, replica in sorted(last.items()):
-        yield climb(search, {**crews, replica: crew._replace(degree=0)}, trading=False)
+        without = {**crews, replica: crew._replace(degree=0)}
+        # Else it could win them back one by one, where only all of them together help the others.
+        yield climb(search, without, trading=False, receives=lambda crew: crew.degree > 0)
 
 
 def _is_free(search: Search) -> bool:
@@ -173,23 +185,29 @@ def _is_free(search: Search) -> bool:
 
 
 def _trades(
-    search: Search, counts: Mapping[Crew, int], free: int, *, trading: bool
+    search: Search,
+    counts: Mapping[Crew, int],
+    receivers: Sequence[Crew],
+    free: int,
+    *,
+    trading: bool,
 ) -> Iterator[_Trade]:
     """All trades of one giver and one receiver that memory allows."""
     fits, tensor, crews = search.memory.fits, search.shape.tensor, sorted(counts)
     givers = [crew for crew in crews if crew.degree and crew.wounded] if trading else []
-    for receiver in crews:
+    for receiver in receivers:
         for received in range(1, tensor - receiver.degree + 1):
             if not fits(receiver.held, receiver.degree + received):
                 continue
             if received <= free:
                 yield _Trade(None, 0, receiver, received)
-                continue
+            # The free workers may all be on nodes where they cannot help.
+            parts = {received - free, 0 if _is_free(search) else received}
             for giver in givers:
-                least = received - free
-                if least > giver.degree or (giver == receiver and counts[giver] < 2):
+                able = {part for part in parts if 0 < part <= giver.degree}
+                if not able or (giver == receiver and counts[giver] < 2):
                     continue
-                for given in sorted({least, giver.degree}):
+                for given in sorted(able | {giver.degree}):
                     if given == giver.degree or fits(giver.held, giver.degree - given):
                         yield _Trade(giver, given, receiver, received)
     for giver in givers:

@@ -33,14 +33,14 @@ class Crew(NamedTuple):
 
     `degree`: active slots, 0 if it is left out. `pace`: see TYPICAL. `held`: the degree at which
     its survivors hold their state; 0 if nobody is missing, nobody holds any, or memory is
-    unlimited. `node`: its first home's, where the placement must respect nodes; -1 otherwise.
+    unlimited. `nodes`: where it is, if the placement must respect nodes; none otherwise.
     `wounded`: it lacks a survivor.
     """
 
     degree: int
     pace: int = TYPICAL
     held: int = 0
-    node: int = -1
+    nodes: tuple[int, ...] = ()
     wounded: bool = False
 
 
