@@ -40,7 +40,9 @@ def network() -> None:
 def last_step_of_the_cut_off_side(run: Run, node: int) -> int:
     """What the node's agent says of its workers, once it knows that others went on without it."""
     log = (run.directory / "logs" / f"agent{node}.log").read_text()
-    (told,) = re.findall(rf"node {node} was given up .* had committed was (-?\d+);", log)
+    (told,) = re.findall(
+        rf"node {node} was given up .* had committed was (-?\d+)$", log, re.MULTILINE
+    )
     return int(told)
 
 
