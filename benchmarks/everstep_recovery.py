@@ -54,6 +54,8 @@ def shape(workers: int) -> tuple[str, ...]:
         f"parallel.tensor={degree}",
         f"parallel.replicas={REPLICAS}",
         "train.dtype=float32",
+        # The samples of a replica fit into one pass, also those that it takes over.
+        "train.micro_batch_size=8",
         "train.weights_digest_every=0",
     )
 

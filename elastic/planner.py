@@ -3,7 +3,8 @@
 Pure. The planner is given who is ready, what the survivors hold, and the plans of the run so far,
 and returns a Plan or, if nothing can be done, NoPlan; either carries its reason. In order:
 
-1. what state there is: nobody's yet, that which survivors hold, or a checkpoint's (`_find_state`);
+1. what state there is: nobody's yet, that which survivors hold (`elastic.held_state`), or a
+   checkpoint's;
 2. at which degree each replica runs and who sits where (`elastic.candidates`,
    `elastic.placement`): vacancies are filled by returned devices and spares, replicas that cannot
    be filled go on reduced (REDUCE_TP) or are left out (DROP_REPLICA) until devices are back;
@@ -21,13 +22,14 @@ the reason says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from operator import attrgetter, itemgetter
 
 from elastic.apportion import apportion
 from elastic.candidates import Choice, choose
+from elastic.held_state import State, find_state, free_workers
 from elastic.job_shape import JobShape as JobShape
 from elastic.job_shape import PlacementRules as PlacementRules
 from elastic.job_shape import home_devices as home_devices
@@ -40,7 +42,7 @@ from elastic.placement import Row, Seating, roster_at_home, roster_of_survivors
 from elastic.plan import Action, NoPlan, Plan, StateSource
 from elastic.plan_reason import change, few, first_change
 from elastic.salvage import Salvage, salvage
-from elastic.session import Resume, Standing, UnrecoverableStep, decide_resume
+from elastic.session import Resume
 from elastic.situation import Situation as Situation
 from elastic.throughput import planned_throughput, relative_paces
 from elastic.topology import Assignment, DeviceId, Member
@@ -49,33 +51,32 @@ from ntp.geometry import ParallelLayout, ReplicaLayout, full_layout, with_active
 from ntp.reshard_plan import NoHolder, ReshardPlan
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
-    """Where the state comes from: the workers of `source` but those `lost`; or no worker (None).
-
-    `leaving` are places of `source` whose workers hold state that they are to hand over.
-    """
-
-    kind: StateSource
-    resume: Resume
-    source: Plan | None = None
-    lost: tuple[Assignment, ...] = ()
-    leaving: tuple[Assignment, ...] = ()
-
-
 def plan_generation(shape: JobShape, situation: Situation) -> Plan | NoPlan:
     """The next generation, or why there can be none."""
     wanted = _plan_with(shape, situation)
     if isinstance(wanted, Plan):
+        if _has_one_copy(shape, wanted) and situation.quarantined:
+            plan = _plan_with(shape, situation.without_quarantine())
+            if isinstance(plan, Plan) and not _has_one_copy(shape, plan):
+                return _excused(plan, situation, "there is a single copy of the state")
         return wanted
     for second_best in situation.less_avoided():
         plan = _plan_with(shape, second_best)
         if isinstance(plan, Plan):
-            placed = {member.device for _, member in plan.placement}
-            names = ", ".join(few(map(str, sorted(placed & situation.avoided))))
-            why = f"devices to be avoided take part ({names}), as otherwise {wanted.reason}"
-            return replace(plan, reason=f"{plan.reason}; {why}")
+            return _excused(plan, situation, wanted.reason)
     return wanted
+
+
+def _has_one_copy(shape: JobShape, plan: Plan) -> bool:
+    """Whether the state is held once, in a job that could hold it more often."""
+    return len(plan.layout.replicas) == 1 < shape.replicas
+
+
+def _excused(plan: Plan, situation: Situation, otherwise: str) -> Plan:
+    placed = {member.device for _, member in plan.placement}
+    names = ", ".join(few(map(str, sorted(placed & situation.avoided))))
+    why = f"devices to be avoided take part ({names}), as otherwise {otherwise}"
+    return replace(plan, reason=f"{plan.reason}; {why}")
 
 
 def _plan_with(shape: JobShape, situation: Situation) -> Plan | NoPlan:
@@ -83,8 +84,8 @@ def _plan_with(shape: JobShape, situation: Situation) -> Plan | NoPlan:
     workers = situation.admitted
     if not workers:
         return NoPlan("no worker is left")
-    state = _find_state(situation)
-    if isinstance(state, _State):
+    state = find_state(situation)
+    if isinstance(state, State):
         try:
             return _plan(shape, situation, workers, state)
         except NoHolder:
@@ -95,7 +96,7 @@ def _plan_with(shape: JobShape, situation: Situation) -> Plan | NoPlan:
         return NoPlan(f"{state.reason}, and there are no checkpoints")
     step = situation.checkpoint
     reason = f"{state.reason}; step {step} is restored from its checkpoint"
-    restored = _State(StateSource.CHECKPOINT, Resume(step + 1, None, False, 0, reason))
+    restored = State(StateSource.CHECKPOINT, Resume(step + 1, None, False, 0, reason))
     return _plan(shape, situation, workers, restored)
 
 
@@ -107,6 +108,8 @@ def newcomers(shape: JobShape, situation: Situation, present: Plan) -> tuple[Mem
     """
     if sum(replica.degree for replica in present.layout.replicas) == shape.tensor * shape.replicas:
         return ()
+    if _has_one_copy(shape, present):
+        situation = situation.without_quarantine()
     idle = _idle(situation, present)
     choice = _choose_now(shape, situation, present, idle, ()) if idle else NoPlan("nobody idles")
     if isinstance(choice, NoPlan):
@@ -144,7 +147,7 @@ def _choose_now(
 
 
 def _plan(
-    shape: JobShape, situation: Situation, workers: Mapping[DeviceId, Member], state: _State
+    shape: JobShape, situation: Situation, workers: Mapping[DeviceId, Member], state: State
 ) -> Plan | NoPlan:
     """The plan on this state. Raises NoHolder if the survivors do not hold all of it."""
     source, homes, previous = state.source, situation.homes, situation.previous
@@ -153,7 +156,7 @@ def _plan(
     if source is None:
         roster = roster_at_home(shape, workers, homes)
     else:
-        free = _free(workers, situation, state)
+        free = free_workers(workers, situation, state)
         roster = roster_of_survivors(shape, old_rows, state.lost + state.leaving, free, homes)
     choice = choose(shape, roster, homes, paces)
     if isinstance(choice, NoPlan):
@@ -216,7 +219,7 @@ def split_batch(
 def _salvage(
     shape: JobShape,
     situation: Situation,
-    state: _State,
+    state: State,
     layout: ParallelLayout,
     rows: Mapping[int, Row],
 ) -> Salvage | None:
@@ -227,105 +230,6 @@ def _salvage(
     kept = kept_gradients(state.resume.resume_step, state.source, layout, rows, answers, history)
     costs = sample_costs(shape.split_batch_by, layout, shape.sizes, situation.paces) if kept else ()
     return salvage(kept, shape.global_batch_size, costs, shape.least_share)
-
-
-def _find_state(situation: Situation) -> _State | NoPlan:
-    """What the workers hold together."""
-    standings, empty = _standings(situation)
-    switched = any(map(attrgetter("layout_generation"), standings))
-    if not switched and _nothing_was_committed(situation):
-        return _State(StateSource.INITIALIZE, Resume(0, None, False, 0, "the job starts"))
-    if not standings:
-        return NoPlan("no survivor holds any state")
-    try:
-        resume = decide_resume(standings)
-    except UnrecoverableStep as error:
-        return NoPlan(str(error))
-    source = situation.history.get(resume.layout_generation)
-    if source is None:
-        return NoPlan(f"survivors hold generation {resume.layout_generation}, which has no plan")
-    lost = _lost(source, situation, empty)
-    leaving = _leaving(source, situation, lost)
-    return _State(StateSource.PEERS, resume, source, lost, leaving)
-
-
-def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
-    """What the survivors hold; and who answered, but holds nothing that counts.
-
-    Nothing counts that a worker holds which idled since a plan that others adopted.
-    """
-    answers = situation.answers
-    empty = set[Member]()
-    held: list[Standing] = list(map(attrgetter("standing"), answers.values()))
-    if not all(held):
-        empty = {member for member, answer in answers.items() if answer.standing is None}
-        held = [standing for standing in held if standing is not None]
-    generations = set(map(attrgetter("layout_generation"), held))
-    newest = max(generations, default=0)
-    if newest in situation.history and generations - {0, newest}:
-        placed = set(map(itemgetter(1), situation.history[newest].placement))
-        for member, answer in answers.items():
-            standing = answer.standing
-            if standing and standing.layout_generation and member not in placed:
-                empty.add(member)
-                held.remove(standing)
-    return held, empty
-
-
-def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
-    """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
-    answers, quarantined = situation.answers, situation.quarantined
-    lost = [each for each in source.placement if each[1] not in answers]
-    if empty or quarantined:
-        lost += [
-            each
-            for each in source.placement
-            if each.member in empty
-            or (each.member.device in quarantined and each.member in answers)
-        ]
-    return tuple(lost)
-
-
-def _leaving(
-    source: Plan, situation: Situation, lost: Sequence[Assignment]
-) -> tuple[Assignment, ...]:
-    """The places of `source` whose worker can give what belongs there, but is not to stay."""
-    if not situation.leaving:
-        return ()
-    gone = set(lost)
-    return tuple(
-        each
-        for each in source.placement
-        if each.member.device in situation.leaving and each not in gone
-    )
-
-
-def _free(workers: Mapping[DeviceId, Member], situation: Situation, state: _State) -> list[Member]:
-    """Workers that hold none of the state that is used."""
-    assert state.source is not None
-    placement, answers = state.source.placement, situation.answers
-    free: list[Member] = []
-    if situation.quarantined or situation.leaving or len(workers) > len(answers):
-        free = [member for member in workers.values() if member not in answers]
-    if len(answers) > len(placement) - len(state.lost):
-        holding = set(map(itemgetter(1), placement)).difference(map(itemgetter(1), state.lost))
-        free += [m for m in answers if m not in holding and workers.get(m.device) == m]
-    return free
-
-
-def _nothing_was_committed(situation: Situation) -> bool:
-    """Whether state may be initialised: at the start, or again after a failed start.
-
-    A worker that was placed and did not switch to its shards never passed the barrier, without
-    which nobody can have taken part in a vote.
-    """
-    if situation.previous is None:
-        return True
-    placed = {assignment.member for assignment in situation.previous.placement}
-    only_started = all(
-        plan.state_source is StateSource.INITIALIZE for plan in situation.history.values()
-    )
-    return only_started and bool(placed & set(situation.answers))
 
 
 def _layout(shape: JobShape, source: ParallelLayout | None, seating: Seating) -> ParallelLayout:

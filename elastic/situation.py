@@ -3,7 +3,8 @@
 Pure. Two kinds of devices are avoided. A *quarantined* one has failed too often of late; it is kept
 out, which says nothing about who runs on another. A *leaving* one is to be given up soon: its
 worker is placed nowhere, but hands over what it holds. Either is used all the same where there is
-no plan without it, as a job that goes on is worth more.
+no plan without it, as a job that goes on is worth more; so is a second copy of the state, for which
+a quarantined device is used too.
 """
 
 from __future__ import annotations
@@ -58,10 +59,14 @@ class Situation:
             return self.workers
         return {device: member for device, member in self.workers.items() if device not in avoided}
 
+    def without_quarantine(self) -> Situation:
+        """The same, with quarantined devices like all others."""
+        return replace(self, quarantined=frozenset())
+
     def less_avoided(self) -> Iterator[Situation]:
         """What to try, in this order, if there is no plan without the devices to be avoided."""
         if self.quarantined:
-            yield replace(self, quarantined=frozenset())
+            yield self.without_quarantine()
         if self.leaving:
             yield replace(self, leaving=frozenset())
         if self.quarantined and self.leaving:

@@ -6,7 +6,7 @@ so that nothing is redone.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from clock import Clock
@@ -43,6 +43,13 @@ class Avoidance:
             case Quiesce(urgent=True, reason=reason):
                 self._clock.check(not self.is_calm, f"a drain alone: {reason}")
 
+    def _copies_without(self, plan: Plan, members: set[Member]) -> int:
+        """Replicas that would have a complete slot if these had no place; 2 in a job of one."""
+        if self._shape.replicas == 1:
+            return 2
+        left = Counter(p.slot_ref for p, member in plan.placement if member not in members)
+        return len({ref.replica for ref, count in left.items() if count == self._shape.stages})
+
     def noted(self, leader: str, note: Note) -> None:
         """A leader writes to the journal."""
         if note.event == "quarantined":
@@ -59,7 +66,9 @@ class Avoidance:
         came = placed - self._placed if self._placed else set()
         self._placed = {member for _, member in plan.participants}
         avoided = {m for m in placed if m.device.node in draining}
-        avoided |= {m for m in came if str(m.device) in held}
+        quarantined = {m for m in came if str(m.device) in held}
+        if self._copies_without(plan, quarantined) > 1:
+            avoided |= quarantined
         others = {
             member
             for record in known

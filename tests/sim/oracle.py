@@ -73,7 +73,7 @@ class Oracle:
         self._whole: set[tuple[int, int]] = set()
         self._announced = 1
         self._whole_plan = 0
-        self._intended: dict[int, Plan] = {}
+        self._intended: dict[tuple[str, int], Plan] = {}
         self._leader: str | None = None
         self._failed: dict[Member, int] = {}
         self._lost: dict[Member, int] = {}
@@ -112,7 +112,7 @@ class Oracle:
                 )
                 self._announced = generation
             case Adopt() | PlanChange():
-                plan = value.plan if isinstance(value, Adopt) else self._changed(value)
+                plan = value.plan if isinstance(value, Adopt) else self._changed(process, value)
                 check(before in (None, value), f"plan {plan.generation} is written twice")
                 newest = max(self.plans, default=0)
                 check(plan.generation > newest, f"plan {plan.generation} follows {newest}")
@@ -135,13 +135,13 @@ class Oracle:
             case _:
                 return
 
-    def _changed(self, change: PlanChange) -> Plan:
+    def _changed(self, leader: Process, change: PlanChange) -> Plan:
         self._clock.check(
             change.base == max(self.plans),
             f"plan {change.generation} changes plan {change.base}, not the newest one",
         )
         plan = changed(self.plans[change.base], change)
-        same = plan == self._intended[plan.generation]
+        same = plan == self._intended[leader.name, plan.generation]
         self._clock.check(same, f"plan {change.generation} is not what the leader had")
         return plan
 
@@ -151,7 +151,7 @@ class Oracle:
         """A leader is about to publish a plan."""
         self.avoidance.planned(leader.name, plan, seen)
         gone = {m for known in (self._failed, self._lost) for m, at in known.items() if at <= seen}
-        self._intended[plan.generation] = plan
+        self._intended[leader.name, plan.generation] = plan
         placed = {assignment.member for assignment in plan.participants}
         self._clock.check(not placed & gone, f"failed {_names(placed & gone)} are placed")
 

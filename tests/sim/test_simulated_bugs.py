@@ -17,7 +17,7 @@ from sim_store import SimStore
 from sim_worker import SimWorker
 from world import World
 
-from elastic import degrees, kept_gradients, moves, placement, planner
+from elastic import degrees, held_state, kept_gradients, moves, placement, planner
 from elastic.adoption import Adoption
 from elastic.controller import Controller
 from elastic.effects import Effect, ForgetPlan, Phase
@@ -54,7 +54,7 @@ def test_a_vote_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
         resume = decide_resume(standings)
         return replace(resume, resume_step=lowest + 1, vote=None)
 
-    monkeypatch.setattr(planner, "decide_resume", blind)
+    monkeypatch.setattr(held_state, "decide_resume", blind)
     found = first_violation()[0]
     assert "to resume at" in found
 

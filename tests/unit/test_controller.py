@@ -581,6 +581,7 @@ def test_a_long_job_leaves_no_more_keys_than_a_short_one(monkeypatch: pytest.Mon
     stage.steps(0)
     sizes = []
     for round_number in range(1, 13):
+        stage.now += LIMITS.quarantine.flap_window_seconds
         stage.failed(stage.member(0, 0, round_number))
         stage.answers({m: committed(2 * round_number - 2) for m in alive(stage, round_number)})
         stage.phases()

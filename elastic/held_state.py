@@ -1,0 +1,132 @@
+"""What state there is when a plan is made: nobody's yet, or that which survivors hold.
+
+Pure. The survivors' answers decide together which layout everybody's state has and what becomes of
+the interrupted step (`elastic.session`). From that and the plan of that layout follows who of it is
+lost, who is to hand over, and who holds nothing and is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+
+from elastic.plan import NoPlan, Plan, StateSource
+from elastic.session import Resume, Standing, UnrecoverableStep, decide_resume
+from elastic.situation import Situation
+from elastic.topology import Assignment, DeviceId, Member
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where the state comes from: the workers of `source` but those `lost`; or no worker (None).
+
+    `leaving` are places of `source` whose workers hold state that they are to hand over.
+    """
+
+    kind: StateSource
+    resume: Resume
+    source: Plan | None = None
+    lost: tuple[Assignment, ...] = ()
+    leaving: tuple[Assignment, ...] = ()
+
+
+def find_state(situation: Situation) -> State | NoPlan:
+    """What the workers hold together."""
+    standings, empty = _standings(situation)
+    switched = any(map(attrgetter("layout_generation"), standings))
+    if not switched and _nothing_was_committed(situation):
+        return State(StateSource.INITIALIZE, Resume(0, None, False, 0, "the job starts"))
+    if not standings:
+        return NoPlan("no survivor holds any state")
+    try:
+        resume = decide_resume(standings)
+    except UnrecoverableStep as error:
+        return NoPlan(str(error))
+    source = situation.history.get(resume.layout_generation)
+    if source is None:
+        return NoPlan(f"survivors hold generation {resume.layout_generation}, which has no plan")
+    lost = _lost(source, situation, empty)
+    leaving = _leaving(source, situation, lost)
+    return State(StateSource.PEERS, resume, source, lost, leaving)
+
+
+def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
+    """What the survivors hold; and who answered, but holds nothing that counts.
+
+    Nothing counts that a worker holds which idled since a plan that others adopted.
+    """
+    answers = situation.answers
+    empty = set[Member]()
+    held: list[Standing] = list(map(attrgetter("standing"), answers.values()))
+    if not all(held):
+        empty = {member for member, answer in answers.items() if answer.standing is None}
+        held = [standing for standing in held if standing is not None]
+    generations = set(map(attrgetter("layout_generation"), held))
+    newest = max(generations, default=0)
+    if newest in situation.history and generations - {0, newest}:
+        placed = set(map(itemgetter(1), situation.history[newest].placement))
+        for member, answer in answers.items():
+            standing = answer.standing
+            if standing and standing.layout_generation and member not in placed:
+                empty.add(member)
+                held.remove(standing)
+    return held, empty
+
+
+def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
+    """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
+    answers, quarantined = situation.answers, situation.quarantined
+    lost = [each for each in source.placement if each[1] not in answers]
+    if empty or quarantined:
+        lost += [
+            each
+            for each in source.placement
+            if each.member in empty
+            or (each.member.device in quarantined and each.member in answers)
+        ]
+    return tuple(lost)
+
+
+def _leaving(
+    source: Plan, situation: Situation, lost: Sequence[Assignment]
+) -> tuple[Assignment, ...]:
+    """The places of `source` whose worker can give what belongs there, but is not to stay."""
+    if not situation.leaving:
+        return ()
+    gone = set(lost)
+    return tuple(
+        each
+        for each in source.placement
+        if each.member.device in situation.leaving and each not in gone
+    )
+
+
+def free_workers(
+    workers: Mapping[DeviceId, Member], situation: Situation, state: State
+) -> list[Member]:
+    """Workers that hold none of the state that is used."""
+    assert state.source is not None
+    placement, answers = state.source.placement, situation.answers
+    free: list[Member] = []
+    if situation.quarantined or situation.leaving or len(workers) > len(answers):
+        free = [member for member in workers.values() if member not in answers]
+    if len(answers) > len(placement) - len(state.lost):
+        holding = set(map(itemgetter(1), placement)).difference(map(itemgetter(1), state.lost))
+        free += [m for m in answers if m not in holding and workers.get(m.device) == m]
+    return free
+
+
+def _nothing_was_committed(situation: Situation) -> bool:
+    """Whether state may be initialised: at the start, or again after a failed start.
+
+    A worker that was placed and did not switch to its shards never passed the barrier, without
+    which nobody can have taken part in a vote.
+    """
+    if situation.previous is None:
+        return True
+    placed = {assignment.member for assignment in situation.previous.placement}
+    only_started = all(
+        plan.state_source is StateSource.INITIALIZE for plan in situation.history.values()
+    )
+    return only_started and bool(placed & set(situation.answers))
