@@ -57,6 +57,9 @@ def shape(workers: int) -> tuple[str, ...]:
         # The samples of a replica fit into one pass, also those that it takes over.
         "train.micro_batch_size=8",
         "train.weights_digest_every=0",
+        # Every device is struck again and again, which is no reason to leave it out here.
+        "health.flap_window_seconds=0.001",
+        "health.quarantine_seconds=0.001",
     )
 
 
