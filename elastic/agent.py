@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from elastic.keys import agent_key, decode, encode, job_prefix, key_of, life_key, whole_plan_key
@@ -52,7 +52,7 @@ from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.rendezvous import RendezvousServer
 from elastic.spawn import Spawner
 from elastic.store import AlreadyExists, Change, Lease, LeaseLost, Store
-from elastic.topology import DeviceId, Member
+from elastic.topology import Member
 from elastic.worker_status import Word, fresh_status, is_awaited, summed_up
 from health.classify import StoppedAnswering
 
@@ -394,9 +394,3 @@ async def _read_plans(store: Store, job: str) -> PlanChain:
 async def _until_lost(lease: Lease) -> None:
     await lease.wait_lost()
     raise _Ended(None)
-
-
-def for_node(spec: NodeSpec, node: int, devices: Sequence[DeviceId]) -> NodeSpec:
-    """`spec` as the agent of `node` needs it."""
-    own = tuple(device for device in devices if device.node == node)
-    return replace(spec, node=node, devices=own)

@@ -22,8 +22,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -50,6 +49,7 @@ from elastic.rendezvous_client import RendezvousStore
 from elastic.replica_groups import replica_groups, replica_mates
 from elastic.session import Session, StepPoint, standing
 from elastic.topology import Coordinate, Member
+from elastic.trainable import Trainable
 from health.heartbeat import Activity
 from ntp.geometry import SlotRef
 from ntp.process_groups import GroupKey, ProcessGroups, connection_error
@@ -61,47 +61,6 @@ class StepAborted(RuntimeError):
 
 class PlanMismatch(RuntimeError):
     """The ranks of a generation hold different plans."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepFigures:
-    """What a trainer tells of a step it committed; the fields are those of `StepDone`.
-
-    `last`: no step follows.
-    """
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    sample_digest: str
-    sharded_digest: int | None
-    replicated_digest: int | None
-    last: bool = False
-
-
-class Trainable(Protocol):
-    """What the runtime asks of the thing that is trained."""
-
-    def apply(self, step: int, vote: tuple[float, ...]) -> None:
-        """Update parameters from the reduced gradients held for `step`, with its vote."""
-
-    def figures(self, step: int, vote: tuple[float, ...]) -> StepFigures:
-        """Describe `step`, which was just applied."""
-
-    def reshard(self, plan: Plan, place: Coordinate) -> None:
-        """Receive the shards of `plan` beside the present ones, which stay valid."""
-
-    def donate(self, plan: Plan, place: Coordinate) -> None:
-        """Send what others need of the shards held at `place`, which `plan` does not fill."""
-
-    def promote(self) -> None:
-        """Switch to the shards received last."""
-
-    def discard(self) -> None:
-        """Forget the shards received last, if any."""
-
-    def release(self) -> None:
-        """Forget all shards: others go on without this worker."""
 
 
 class Worker:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic.plan import Plan, StateSource
-from elastic.worker import StepFigures
+from elastic.trainable import StepFigures
 from ntp.geometry import SlotRef
 from ntp.grad_sync import GradientSync, SyncGroups
 from ntp.groups import Coordinate
@@ -85,7 +85,7 @@ class Generation:
 
 
 class Training:
-    """Implements `elastic.worker.Trainable` for a GPT on megatron-core."""
+    """Implements `elastic.trainable.Trainable` for a GPT on megatron-core."""
 
     def __init__(
         self,

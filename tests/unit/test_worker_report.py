@@ -11,7 +11,8 @@ from scenes import Stage, job_shape
 from elastic import worker as worker_module
 from elastic.heart import Heart
 from elastic.messages import StepDone
-from elastic.worker import StepFigures, Worker
+from elastic.trainable import StepFigures
+from elastic.worker import Worker
 
 VOTE = (1.0, 2.0)
 
