@@ -133,14 +133,12 @@ class NodeWorkers:
         """Fence workers that hang, until cancelled."""
         while True:
             await asyncio.sleep(self._spec.health.heartbeat_seconds)
-            running = {process.member.device: process for process in self._running()}
-            now = time.monotonic()
             stopped = [
-                device
-                for device in self._liveness.overdue(now)
-                if device in running and is_stopped(running[device].child.pid)
+                process.member.device
+                for process in self._running()
+                if is_stopped(process.child.pid)
             ]
-            for signal in self._liveness.expired(now, stopped):
+            for signal in self._liveness.expired(time.monotonic(), stopped):
                 self.fence(Member(signal.device, signal.incarnation), signal)
 
     @property

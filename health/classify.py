@@ -62,7 +62,7 @@ class HeartbeatLost:
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """A worker process is stopped, by SIGSTOP or a debugger, and its heartbeats are overdue."""
+    """A worker process is stopped, by SIGSTOP or a debugger, and has been for too long."""
 
     device: DeviceId
     incarnation: int

@@ -6,8 +6,8 @@ in the policy:
 
     NotReady       it sent no heartbeat since it started
     HeartbeatLost  its heartbeats ceased
-    Stopped        they are overdue, and the system says that the process is stopped: no need to
-                   wait for the generous limit of the rule above
+    Stopped        the system says that the process is stopped: no need to wait for the generous
+                   limit of the rule above
     NoProgress     they come, but the training thread is in one activity for too long and does not
                    wait for anybody
 
@@ -112,13 +112,8 @@ class Liveness:
         for span in heartbeat.finished:
             worker.learn(span)
 
-    def overdue(self, now: float) -> tuple[DeviceId, ...]:
-        """The devices whose processes `expired` wants to be looked at."""
-        self._attend(now)
-        return tuple(device for device, worker in self._workers.items() if self._is_overdue(worker))
-
     def expired(self, now: float, stopped: Collection[DeviceId]) -> list[Signal]:
-        """The processes that hang. `stopped`: those of `overdue` that the system calls stopped."""
+        """The processes that hang. `stopped`: the devices whose processes the system calls so."""
         self._attend(now)
         found = []
         for device, worker in self._workers.items():
@@ -159,11 +154,8 @@ class Liveness:
         worker = self._workers.get(device)
         return worker if worker is not None and worker.incarnation == incarnation else None
 
-    def _is_overdue(self, worker: _Worker) -> bool:
-        return self._attention - worker.heard_at > self._policy.overdue_seconds
-
     def _note_state(self, worker: _Worker, stopped: bool) -> None:
-        if not (stopped and self._is_overdue(worker)):
+        if not stopped:
             worker.stopped_since = None
         elif worker.stopped_since is None:
             worker.stopped_since = self._attention

@@ -20,8 +20,7 @@ class LivenessPolicy:
     heartbeat_seconds: a worker sends a heartbeat this often.
     heartbeat_timeout_seconds: silence after which a worker counts as hung. A training thread that
         holds the interpreter's lock this long looks the same.
-    stopped_timeout_seconds: how long a process whose heartbeats are overdue may be stopped (state
-        T: SIGSTOP, or a debugger).
+    stopped_timeout_seconds: how long a process may be stopped (state T: SIGSTOP, or a debugger).
     spawn_timeout_seconds: time from the start of a process to its first heartbeat.
     progress_floor_seconds, progress_factor, progress_initial_seconds: see `progress_deadline`.
 
@@ -58,7 +57,7 @@ class LivenessPolicy:
 
     @property
     def overdue_seconds(self) -> float:
-        """Silence after which a look at the process itself is due."""
+        """Silence that one late heartbeat does not explain."""
         return 2 * self.heartbeat_seconds
 
 
