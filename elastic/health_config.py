@@ -30,8 +30,8 @@ class HealthConfig(Settings):
     stopped_timeout_seconds: float = Field(
         default=0.5,
         gt=0,
-        description="Seconds a worker may be stopped (by SIGSTOP or a debugger) before it is killed "
-        "as hung.",
+        description="Seconds a worker may be stopped (by SIGSTOP or a debugger) before it is "
+        "killed as hung.",
     )
     progress_floor_seconds: float = Field(
         default=10.0,
