@@ -21,6 +21,7 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from uuid import uuid4
 
 from elastic.keys import agent_key, decode, encode, job_prefix, key_of, life_key, whole_plan_key
 from elastic.leadership import create_when_free
@@ -376,7 +377,8 @@ async def _next_life(store: Store, job: str, node: int) -> int:
         prefix = f"{life_key(job, node)}/"
         number = len((await store.get_prefix(prefix)).values) + 1
         try:
-            await store.create(f"{prefix}{number}", b"")
+            # Nobody else writes the same, so a repeated attempt knows its own work.
+            await store.create(f"{prefix}{number}", uuid4().bytes)
         except AlreadyExists:
             continue
         return number

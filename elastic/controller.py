@@ -105,7 +105,7 @@ class Controller:
             fields = {"generation": self._job.generation, "step": self._job.step_in_flight()}
             effects.append(Note("took_over", fields))
         if recorded.announced is not None:
-            patience = self._job.limits.pause_timeout_seconds
+            patience = self._job.patience(urgent=recorded.announced.urgent)
             awaited = self._job.involved() & members.alive()
             self._job.quiescence = Quiescence(awaited, now + patience)
             if recorded.announced.ask_agents:

@@ -16,9 +16,10 @@ from elastic.effects import Finish, StopRequested
 from elastic.journal import Recorder
 from elastic.keys import decode, job_prefix, position_key
 from elastic.leadership import Leadership, elected
+from elastic.notes import fault_notes
 from elastic.recorded import Recorded, read_messages
 from elastic.store import GuardFailed, LeaseLost, Store
-from elastic.term import Term
+from elastic.term import Reported, Term
 
 MakeController = Callable[[Recorded, float], Controller]
 """Given what the store says of the job, and the time."""
@@ -72,11 +73,15 @@ class Driver:
         snapshot = await self._store.get_prefix(job_prefix(self._job))
         found = [decode(self._job, key, value) for key, value in snapshot.values.items()]
         recorded = read_messages(message for message in found if message is not None)
-        if recorded.stop is not None:
-            return Finish(recorded.stop.outcome, recorded.stop.reason)
         controller = self._make_controller(recorded, time.time())
-        written = snapshot.values.get(position_key(self._job))
+        position = snapshot.values.get(position_key(self._job))
+        written_to = int(position) if position is not None else snapshot.revision
         with contextlib.closing(self._open_recorder(controller)) as recorder:
+            if recorded.stop is not None:
+                finish = Finish(recorded.stop.outcome, recorded.stop.reason)
+                if not recorder.is_concluded:
+                    await self._conclude(leadership, recorder, finish, written_to)
+                return finish
             self._term = Term(
                 self._store,
                 self._job,
@@ -86,7 +91,7 @@ class Driver:
                 agents=recorded.nodes,
                 lease_seconds=self._lease_seconds,
                 begins_at=snapshot.revision,
-                written_to=int(written) if written is not None else snapshot.revision,
+                written_to=written_to,
             )
             if self._wish is not None:
                 self._term.take(self._wish)
@@ -96,3 +101,19 @@ class Driver:
                 return await self._term.run()
             finally:
                 self._term = None
+
+    async def _conclude(
+        self, leadership: Leadership, recorder: Recorder, finish: Finish, written_to: int
+    ) -> None:
+        """Write the end of the run's files for a leader that was lost once it had ended the job."""
+        changes = self._store.watch(job_prefix(self._job), after=written_to)
+        position = str(written_to).encode()
+        last = await self._store.put(position_key(self._job), position, guard=leadership.guard)
+        async for change in changes:
+            if change.revision >= last:
+                break
+            message = decode(self._job, change.key, change.value) if change.value else None
+            if isinstance(message, Reported):
+                recorder.observe(time.time(), message)
+                recorder.catch_up(time.time(), fault_notes(message))
+        recorder.observe(time.time(), finish)

@@ -89,6 +89,11 @@ class Job:
             Phase.RUNNING,
         )
 
+    def patience(self, *, urgent: bool) -> float:
+        """Seconds that workers may take to stop; a step in flight may be finished if not urgent."""
+        limits = self.limits
+        return limits.quiesce_timeout_seconds if urgent else limits.pause_timeout_seconds
+
     def suspect(self, member: Member, now: float) -> None:
         """`member` lost a connection in this generation."""
         self.adoption.suspect(member, now + self.limits.corroboration_seconds)
@@ -123,9 +128,7 @@ class Job:
         alive = self.members.alive()
         involved = self.involved()
         self.phase = Phase.QUIESCING
-        limits = self.limits
-        patience = limits.quiesce_timeout_seconds if urgent else limits.pause_timeout_seconds
-        self.quiescence = Quiescence(involved & alive, now + patience)
+        self.quiescence = Quiescence(involved & alive, now + self.patience(urgent=urgent))
         if ask_agents:
             self.ask_agents(now)
         reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"

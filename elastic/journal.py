@@ -8,7 +8,7 @@ a file. A controller that takes over opens the files of its predecessor and goes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,6 +66,11 @@ class Recorder:
         return not self._journal
 
     @property
+    def is_concluded(self) -> bool:
+        """Whether the run's end is written."""
+        return (self._run_dir / "summary.json").exists()
+
+    @property
     def failures(self) -> frozenset[str]:
         """Ids of the failures in the journal."""
         return frozenset(e["id"] for e in self._journal if e["event"] == "failure")
@@ -97,6 +102,12 @@ class Recorder:
                         self._write_steps(self._step_log.take(note))
             case _:
                 pass
+
+    def catch_up(self, at: float, faults: Iterable[Note]) -> None:
+        """Write those of the faults that struck which are not written."""
+        for note in faults:
+            if note.fields["fault"] not in self.injected:
+                self.observe(at, note)
 
     def note(self, at: float, event: str, fields: Mapping[str, Any]) -> None:
         """Write one event to the journal and tell the listener."""

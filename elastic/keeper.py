@@ -25,12 +25,12 @@ RESTART_SECONDS = 1.0
 class Part:
     """A process of the run. `name` is also that of its log.
 
-    `may_leave`: the run goes on without it once it ended by itself.
+    `leaves` are the exit codes with which it may end while the run goes on without it.
     """
 
     name: str
     command: tuple[str, ...]
-    may_leave: bool = False
+    leaves: frozenset[int] = frozenset()
 
 
 class PartRefused(RuntimeError):
@@ -48,6 +48,8 @@ class Keeper:
         self._up = asyncio.Event()
         self._up.set()
         self._retired = False
+        self.left = False
+        """Whether it ended, and the run goes on without it."""
 
     async def run(self) -> None:
         """Keep it up. Raises PartRefused if it cannot take part; kills it when cancelled."""
@@ -56,7 +58,8 @@ class Keeper:
             if self._retired:
                 return
             status = await self._run_once()
-            if status == REFUSED:
+            self.left = status in self.part.leaves
+            if status == REFUSED or (status > 0 and self.part.leaves and not self.left):
                 lines = self._log.read_text(errors="replace").strip().splitlines()
                 raise PartRefused(f"{self.part.name}: {lines[-1] if lines else 'it did not say'}")
             if status >= 0:

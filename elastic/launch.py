@@ -157,7 +157,7 @@ async def _until_ended(
     while True:
         ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in ended:
-            left = task in parts and parts[task].part.may_leave and task.exception() is None
+            left = task in parts and parts[task].left and task.exception() is None
             if not left:
                 return
 

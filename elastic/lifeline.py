@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 
 RETRY_SECONDS = 5.0
-"""Between attempts to reach an agent that neither answers nor refuses."""
+"""Between attempts. The first one after the end of a connection comes at once; but a proxy may
+accept, and hang up, for one who is gone, again and again."""
 
 
 async def until_nobody_listens(address: str) -> None:
@@ -25,7 +28,7 @@ async def until_nobody_listens(address: str) -> None:
     Never returns if it was not reached even once.
     """
     host, _, port = address.rpartition(":")
-    reached = False
+    reached, ended_at = False, -math.inf
     while True:
         try:
             reader, writer = await asyncio.open_connection(host, int(port))
@@ -42,5 +45,7 @@ async def until_nobody_listens(address: str) -> None:
                     await reader.read(1)
             finally:
                 writer.close()
-            continue
+            ended_before, ended_at = ended_at, time.monotonic()
+            if ended_at - ended_before > RETRY_SECONDS:
+                continue
         await asyncio.sleep(RETRY_SECONDS)

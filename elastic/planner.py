@@ -108,14 +108,24 @@ def newcomers(shape: JobShape, situation: Situation, present: Plan) -> tuple[Mem
     """
     if sum(replica.degree for replica in present.layout.replicas) == shape.tensor * shape.replicas:
         return ()
-    if _has_one_copy(shape, present):
-        situation = situation.without_quarantine()
+    if _has_one_copy(shape, present) and situation.quarantined:
+        rows, found = _seated_newcomers(shape, situation.without_quarantine(), present)
+        if rows > 1:
+            return found
+    return _seated_newcomers(shape, situation, present)[1]
+
+
+def _seated_newcomers(
+    shape: JobShape, situation: Situation, present: Plan
+) -> tuple[int, tuple[Member, ...]]:
+    """How many replicas a plan made now would have, and the idle workers that it would place."""
     idle = _idle(situation, present)
     choice = _choose_now(shape, situation, present, idle, ()) if idle else NoPlan("nobody idles")
     if isinstance(choice, NoPlan):
-        return ()
-    seated = {member for row in choice.seating.rows.values() for _, member in row}
-    return tuple(sorted(seated.intersection(idle)))
+        return 0, ()
+    rows = choice.seating.rows
+    seated = {member for row in rows.values() for _, member in row}
+    return len(rows), tuple(sorted(seated.intersection(idle)))
 
 
 def still_needed(shape: JobShape, situation: Situation, present: Plan) -> str | None:

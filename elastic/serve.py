@@ -106,7 +106,9 @@ async def clear_ended(store: Store, job: str) -> None:
             f"job {job} is in the store and not over ({len(found.values)} keys); give this one "
             "another name (job: in the configuration), or end the other with: everstep stop"
         )
-    for key in found.values:
+    # The word that it is over goes last: until then whoever comes may go on with this.
+    over = key_of(job, Stop("", ""))
+    for key in sorted(found.values, key=lambda key: key == over):
         await store.delete(key)
 
 

@@ -155,17 +155,12 @@ class Term:
             if isinstance(event, Reported):
                 self._recorder.observe(now, event)
             if 0 < revision <= self._begins_at:
-                self._replay(event, now)
+                # What the predecessor may not have written of something that lies behind.
+                self._recorder.catch_up(now, fault_notes(event))
             else:
                 finish = await self._perform(self._controller.handle(event, now))
             self._seen = max(self._seen, revision)
         return finish
-
-    def _replay(self, event: Event, now: float) -> None:
-        """Write what the predecessor may not have written of something that lies behind."""
-        for note in fault_notes(event):
-            if note.fields["fault"] not in self._recorder.injected:
-                self._recorder.observe(now, note)
 
     async def _perform(self, effects: list[Effect]) -> Finish | None:
         store, guard = self._store, self._leadership.guard

@@ -12,9 +12,9 @@ before gradient sync, where all of them arrive. A rank that cannot know where it
 the group and says so: one that is stopped inside the vote or the barrier of an adoption, behind
 which mates may compute already and wait for it, and one for which the group itself broke.
 
-At the boundary such a rank holds its replica's gradients. If it heard of the failure before it sent
-any of them to another replica, it keeps them, and the plan may tell the replica to go on from there
-(see `elastic.salvage`). Adopting a plan that does not tells it to forget them.
+At the boundary such a rank holds its replica's gradients. If it heard of the failure before other
+replicas' came into them, it keeps them, and the plan may tell the replica to go on from there (see
+`elastic.salvage`). Adopting a plan that does not tells it to forget them.
 """
 
 from __future__ import annotations

@@ -26,6 +26,9 @@ from trainer.job import job_shape
 if TYPE_CHECKING:
     from elastic.agent import Departure
 
+UNDRAINED = 5
+"""Exit code of an agent that left although its node's work was not handed over."""
+
 PASSWORD = "EVERSTEP_STORE_PASSWORD"
 """Environment variable in which the launcher passes a password of the configuration on."""
 
@@ -83,7 +86,7 @@ def start_parts(run: RunSpec, config: RunConfig, faults: Path | None, listener: 
         def agent(node: int) -> Part:
             own = ("--node", str(node), "--host", network.address(node))
             command = (*network.inside(node), *line("agent", *own))
-            return Part(f"agent{node}", command, may_leave=True)
+            return Part(f"agent{node}", command, frozenset({0, UNDRAINED}))
 
         names = [f"controller{number}" for number in range(config.store.controllers)]
         nodes = sorted({device.node for device in run.devices})

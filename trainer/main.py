@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {"completed": 0, "halted": 3, "failed": 4, "interrupted": 130}
 DIFFERENT = 1
-UNDRAINED = 1
 REFUSED = 2
 PLAIN_WIDTH = 120
 """Columns of tables that go into a file or a pipe."""
@@ -178,11 +177,11 @@ def agent(
 
     Needs store.endpoints. SIGTERM and SIGINT ask it to leave: the step in flight is finished and
     the node's work handed over, for which others have health.drain_timeout_seconds; a second signal
-    ends it at once. Exit codes: 0 the job is over or the work was handed over, 1 it was not, 2
+    ends it at once. Exit codes: 0 the job is over or the work was handed over, 5 it was not, 2
     refused.
     """
     from elastic.agent import Departure
-    from trainer.hosted import run_agent
+    from trainer.hosted import UNDRAINED, run_agent
 
     loaded, injected = _load(config, overrides or [], faults)
     try:

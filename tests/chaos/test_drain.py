@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.chaos.checks import check_like_calm
@@ -50,6 +51,7 @@ def test_a_drained_node_costs_no_step(tmp_path: Path, calm_run: Callable[[str], 
     assert HANDED_OVER in (run.directory / "logs" / "agent1.log").read_text()
 
 
+@pytest.mark.chaos
 def test_a_drained_node_may_come_back_and_drain_again(tmp_path: Path) -> None:
     with launch(arguments(tmp_path, "train.steps=100000")) as started:
         started.wait_for_line("generation 1 runs")

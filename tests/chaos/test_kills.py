@@ -58,6 +58,7 @@ def test_a_healthy_replica_keeps_the_gradients_of_the_step_in_flight(
     assert (run.summary["redone_steps"], run.summary["redone_samples"]) == (1, 4)
 
 
+@pytest.mark.chaos
 def test_float32_stays_close(tmp_path: Path, calm_run: Callable[[str], Run]) -> None:
     run = run_job(
         tmp_path / "killed", kills([((0, 1), "backward")]), overrides=["train.dtype=float32"]

@@ -16,7 +16,7 @@ from elastic.effects import Finish
 from elastic.journal import Recorder
 from elastic.keys import encode, key_of, leader_key, position_key
 from elastic.memory_store import MemoryStore
-from elastic.messages import AgentRecord, ComponentFault, Failed, FaultFired, NodeProgress
+from elastic.messages import AgentRecord, ComponentFault, Failed, FaultFired, NodeProgress, Stop
 from elastic.recorded import Recorded
 from elastic.topology import DeviceId, Member
 
@@ -127,3 +127,22 @@ def test_a_leader_that_does_not_know_that_another_leads_leaves_the_files_alone(
     asyncio.run(main())
     failures = [entry for entry in journal(tmp_path) if entry["event"] == "failure"]
     assert [entry["member"] for entry in failures] == [str(member)]
+
+
+def test_a_run_whose_leader_was_lost_at_the_very_end_is_concluded_once(tmp_path: Path) -> None:
+    fired = FaultFired(1, Member(DeviceId(0, 0), 1), 4, "vote", 9.0)
+    record = AgentRecord(0, 1, (), (Member(DeviceId(0, 0), 1),), "node0:7")
+
+    async def main() -> list[Finish]:
+        store = MemoryStore()
+        begun = await store.put(position_key("job"), b"0")
+        await store.put(position_key("job"), str(begun).encode())
+        for message in (record, NodeProgress(0, (fired,)), Stop("all is done", "completed")):
+            await store.put(key_of("job", message), encode(message))
+        drivers = [Candidate(store, tmp_path).driver for _ in range(2)]
+        return [await asyncio.wait_for(driver.run(), PATIENCE_SECONDS) for driver in drivers]
+
+    assert asyncio.run(main()) == [Finish("completed", "all is done")] * 2
+    events = [entry["event"] for entry in journal(tmp_path)]
+    assert events == ["workers_ready", "fault_injected", "finish"]
+    assert json.loads((tmp_path / "summary.json").read_text())["outcome"] == "completed"

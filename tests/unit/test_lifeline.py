@@ -26,7 +26,6 @@ class Listener:
 
     async def close(self) -> None:
         self._server.close()
-        await self._server.wait_closed()
 
 
 def run(scene: Callable[[], Awaitable[None]]) -> None:
@@ -49,7 +48,9 @@ def test_it_ends_when_nobody_listens_any_more() -> None:
     run(scene)
 
 
-def test_a_connection_that_somebody_cut_is_made_again() -> None:
+def test_a_connection_that_somebody_cut_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifeline, "RETRY_SECONDS", 0.0)
+
     async def scene() -> None:
         listener = Listener()
         held = asyncio.create_task(until_nobody_listens(await listener.start()))
