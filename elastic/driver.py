@@ -16,7 +16,6 @@ from elastic.effects import Finish, StopRequested
 from elastic.journal import Recorder
 from elastic.keys import decode, job_prefix, position_key
 from elastic.leadership import Leadership, elected
-from elastic.notes import fault_notes
 from elastic.recorded import Recorded, read_messages
 from elastic.store import GuardFailed, LeaseLost, Store
 from elastic.term import Reported, Term
@@ -115,5 +114,5 @@ class Driver:
             message = decode(self._job, change.key, change.value) if change.value else None
             if isinstance(message, Reported):
                 recorder.observe(time.time(), message)
-                recorder.catch_up(time.time(), fault_notes(message))
+                recorder.catch_up(time.time(), message)
         recorder.observe(time.time(), finish)

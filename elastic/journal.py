@@ -8,7 +8,7 @@ a file. A controller that takes over opens the files of its predecessor and goes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +16,7 @@ import msgspec
 
 from elastic.effects import Finish, Note
 from elastic.messages import AgentRecord, NodeProgress, StepDone, StoreMessage
+from elastic.notes import fault_notes
 from elastic.plan import Plan
 from elastic.step_log import StepLine, StepLog
 from elastic.summary import summarize
@@ -103,9 +104,9 @@ class Recorder:
             case _:
                 pass
 
-    def catch_up(self, at: float, faults: Iterable[Note]) -> None:
-        """Write those of the faults that struck which are not written."""
-        for note in faults:
+    def catch_up(self, at: float, seen: object) -> None:
+        """Write those faults that `seen` tells of and that a predecessor did not write."""
+        for note in fault_notes(seen):
             if note.fields["fault"] not in self.injected:
                 self.observe(at, note)
 

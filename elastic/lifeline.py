@@ -36,6 +36,7 @@ async def until_nobody_listens(address: str) -> None:
             if reached:
                 return
         except OSError:
+            # Out of reach for now, which says nothing of the agent.
             pass
         else:
             reached = True

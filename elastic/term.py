@@ -63,7 +63,6 @@ from elastic.messages import (
     Stop,
     StopWish,
 )
-from elastic.notes import fault_notes
 from elastic.store import Change, GuardFailed, LeaseLost, Store
 
 TICK_SECONDS = 0.1
@@ -156,7 +155,7 @@ class Term:
                 self._recorder.observe(now, event)
             if 0 < revision <= self._begins_at:
                 # What the predecessor may not have written of something that lies behind.
-                self._recorder.catch_up(now, fault_notes(event))
+                self._recorder.catch_up(now, event)
             else:
                 finish = await self._perform(self._controller.handle(event, now))
             self._seen = max(self._seen, revision)

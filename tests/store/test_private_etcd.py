@@ -20,13 +20,13 @@ from elastic.private_etcd import EtcdFailed, EtcdMissing, PrivateEtcd, find_etcd
 from elastic.store_config import StoreConfig
 
 STARTER = """
-import asyncio, pathlib, sys, time
+import asyncio, pathlib, signal, sys
 from elastic.private_etcd import PrivateEtcd
 where = pathlib.Path(sys.argv[1])
 etcd = PrivateEtcd(where / "etcd.log", where)
 asyncio.run(etcd.start())
 print(etcd.pid, flush=True)
-time.sleep(3600)
+signal.pause()
 """
 
 
