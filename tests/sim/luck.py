@@ -161,15 +161,21 @@ class Luck:
         if rng.random() < 0.5:
             world.network.cut(there, here, seconds)
 
+    def _pick(self, agents: list[SimAgent], at: SimWorker | None) -> SimAgent | None:
+        """One of `agents`, rather that of the worker `at`; of a single node rather none."""
+        world, rng = self._world, self._clock.rng
+        if not agents or (len(world.agents) == 1 and rng.random() < 0.9):
+            return None
+        agent = rng.choice(agents)
+        here = world.agents[at.member.device.node] if at is not None else agent
+        return here if here in agents and rng.random() < 0.6 else agent
+
     def _drain(self, at: SimWorker | None, seconds: float) -> None:
         world, rng = self._world, self._clock.rng
         agents = [a for a in world.agents.values() if not a.process.dead and not a.leaving]
-        if not agents or (len(world.agents) == 1 and rng.random() < 0.9):
+        agent = self._pick(agents, at)
+        if agent is None:
             return
-        agent = rng.choice(agents)
-        here = world.agents[at.member.device.node] if at is not None else agent
-        if here in agents and rng.random() < 0.6:
-            agent = here
         returns = rng.random() < 0.8
         self._clock.tell("agent %d is to leave, %s", agent.node, seconds if returns else "for ever")
         self.struck_at += DRAIN_SECONDS
@@ -178,12 +184,9 @@ class Luck:
     def _strike_agent(self, strike: Strike, at: SimWorker | None) -> None:
         world, rng, seconds = self._world, self._clock.rng, strike.seconds
         agents = [agent for agent in world.agents.values() if not agent.process.dead]
-        if not agents or (len(world.agents) == 1 and rng.random() < 0.9):
+        agent = self._pick(agents, at)
+        if agent is None:
             return
-        agent = rng.choice(agents)
-        here = world.agents[at.member.device.node] if at is not None else agent
-        if here in agents and rng.random() < 0.6:
-            agent = here
         world.disturb(seconds)
         match strike.kind:
             case Kind.AGENT_KILL:
