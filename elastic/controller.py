@@ -31,6 +31,7 @@ from elastic.effects import (
     Effect,
     Event,
     ForgetNode,
+    ForgetPlan,
     Limits,
     NodeLost,
     Note,
@@ -56,7 +57,7 @@ from elastic.messages import (
     RecoveryPhase,
     StepDone,
 )
-from elastic.notes import component_fault_note, fault_note
+from elastic.notes import EntryId, component_fault_note, entry_id, fault_note
 from elastic.plan import Plan
 from elastic.quiescence import Quiescence
 from elastic.recorded import NOTHING_RECORDED, Recorded
@@ -83,11 +84,20 @@ class Controller:
         self._agent_faults: dict[int, ComponentFault] = {}
         self._recorded = recorded
 
-    def begin(self, journaled: Collection[str], now: float) -> list[Effect]:
+    def begin(self, journaled: Collection[EntryId | None], now: float) -> list[Effect]:
         """Go on from what was recorded, before the first event.
 
-        `journaled` are the ids of failures that the journal has already.
+        `journaled` are the entries that the journal has already.
         """
+        return [
+            effect
+            for effect in self._begin(now)
+            if not isinstance(effect, Note)
+            or (identity := entry_id(effect.event, effect.fields)) is None
+            or identity not in journaled
+        ]
+
+    def _begin(self, now: float) -> list[Effect]:
         recorded, members = self._recorded, self._job.members
         for node, life in recorded.dismissed:
             members.dismiss(node, life)
@@ -96,11 +106,13 @@ class Controller:
         for failed in recorded.failures:
             members.remove(failed.member)
         self._job.probation.recall(recorded.failures, members.is_ready, now)
-        effects: list[Effect] = [
-            self._job.failure_note(failed)
-            for failed in recorded.failures
-            if failed.failure.id not in journaled
-        ]
+        effects: list[Effect] = [self._job.failure_note(failed) for failed in recorded.failures]
+        effects += self._mourn(
+            self._job.placed() - members.alive() - {failed.member for failed in recorded.failures},
+            "its agent was gone when another controller began to lead",
+            now,
+        )
+        effects += map(ForgetPlan, recorded.outdated)
         if recorded.generation:
             fields = {"generation": self._job.generation, "step": self._job.step_in_flight()}
             effects.append(Note("took_over", fields))
@@ -123,6 +135,7 @@ class Controller:
 
     def _go_on(self, now: float) -> list[Effect]:
         """Nothing was announced since the newest plan: find out how far its workers came."""
+        effects: list[Effect] = [*self._job.newest_plan_notes(self._recorded.reports)]
         everybody = self._job.involved()
         current = [
             status
@@ -137,16 +150,17 @@ class Controller:
         for phase in RecoveryPhase:
             for status in current:
                 if phase in status.phases:
-                    self._job.phase_done(PhaseDone(self._job.generation, status.member, phase, now))
+                    done = PhaseDone(self._job.generation, status.member, phase, now)
+                    effects += self._job.phase_done(done)
         if lost := sorted(involved - self._job.members.alive()):
             names = ", ".join(str(member.device) for member in lost)
-            return self._job.announce(f"{names} failed while nobody led", True, now)
+            cause = f"{names} failed while nobody led"
+            return effects + self._job.announce(cause, True, now)
         for status in current:
             if status.broken:
                 self._job.suspect(status.member, now)
-        if effects := self._job.complete_if_done():
-            return effects
-        return self._job.improve(now) if self._job.phase is Phase.RUNNING else []
+        effects += self._job.complete_if_done()
+        return effects + self._job.improve(now) if self._job.phase is Phase.RUNNING else effects
 
     @property
     def phase(self) -> Phase:
@@ -189,15 +203,16 @@ class Controller:
         ended = self._job.members.record(event)
         for device in filter(self._job.members.is_ready, event.devices):
             self._job.probation.returned(device, now)
+        # Its agent was gone and is back, and nobody saw the time between.
+        effects = self._mourn(ended, "its agent was gone, and another one is there", now)
         if ended & self._job.involved():
-            # Its agent was gone and is back, and nobody saw the time between.
             names = ", ".join(str(member.device) for member in sorted(ended))
-            return self._job.announce(f"the agent of {names} began anew", True, now)
+            return effects + self._job.announce(f"the agent of {names} began anew", True, now)
         if self._job.phase is Phase.QUIESCING:
-            return self._job.plan_if_quiet(now)
+            return effects + self._job.plan_if_quiet(now)
         if self._job.phase is Phase.RUNNING:
-            return self._job.improve(now)
-        return []
+            return effects + self._job.improve(now)
+        return effects
 
     def _failed(self, event: Failed, now: float) -> list[Effect]:
         member = event.member
@@ -217,17 +232,24 @@ class Controller:
     def _node_lost(self, event: NodeLost, now: float) -> list[Effect]:
         lost = self._job.members.remove_node(event.node)
         hit = bool(lost & self._job.involved()) and bool(self._job.plans)
-        effects: list[Effect] = []
-        fault = self._agent_faults.pop(event.node, None)
-        cause = (fault.fault, fault.at, None, fault.step) if fault else (None, None, None, None)
-        for member in sorted(lost):
-            self._job.quiescence.drop(member)
-            gone = NodeGone(member.device, member.incarnation, event.evidence)
-            failure = classify(gone, device_healthy=False, now=now)
-            effects.append(self._job.failure_note(Failed(failure, *cause)))
-            effects += self._job.probation.failed(failure, now)
+        effects = self._mourn(lost, event.evidence, now)
+        self._agent_faults.pop(event.node, None)
         if hit:
             effects += self._job.announce(f"node{event.node} is lost", True, now)
+        return effects
+
+    def _mourn(self, lost: Collection[Member], evidence: str, now: float) -> list[Effect]:
+        """These workers are gone with the agents of their nodes, so nobody reports them."""
+        effects: list[Effect] = []
+        for member in sorted(lost):
+            self._job.members.remove(member)
+            self._job.quiescence.drop(member)
+            gone = NodeGone(member.device, member.incarnation, evidence)
+            failure = classify(gone, device_healthy=False, now=now)
+            fault = self._agent_faults.get(member.device.node)
+            cause = (fault.fault, fault.at, None, fault.step) if fault else (None, None, None, None)
+            effects.append(self._job.failure_note(Failed(failure, *cause)))
+            effects += self._job.probation.failed(failure, now)
         return effects
 
     def _agent_gone(self, event: AgentGone, now: float) -> list[Effect]:
@@ -297,12 +319,7 @@ class Controller:
         if not self._job.quiescence.is_late(now):
             return []
         if not self._job.plans:
-            waited = limits.spawn_timeout_seconds
-            missing = ", ".join(str(device) for device in self._job.members.missing())
-            return self._job.halt(
-                f"workers on {missing} were not ready {waited:g} s after the start; "
-                "see their logs, or raise health.spawn_timeout_seconds"
-            )
+            return self._job.start_late(now)
         waited = limits.quiesce_timeout_seconds
         self._job.quiescence.extend(now + waited)
         asked_to = f"stop for generation {self._job.generation}"

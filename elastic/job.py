@@ -7,13 +7,24 @@ controller's table.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from operator import itemgetter
 
 from elastic.adoption import Adoption
 from elastic.commit_log import CommitLog
 from elastic.effects import Effect, Finish, ForgetPlan, Limits, Note, Phase, Send
 from elastic.membership import Membership
-from elastic.messages import Failed, Leave, PhaseDone, Quiesce, RecoveryPhase, Stop, WholePlan
+from elastic.messages import (
+    Failed,
+    Leave,
+    NodeReport,
+    PhaseDone,
+    Quiesce,
+    Quiesced,
+    RecoveryPhase,
+    Stop,
+    WholePlan,
+)
 from elastic.notes import failure_note, plan_note
 from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan
@@ -146,15 +157,29 @@ class Job:
     def plan_if_quiet(self, now: float) -> list[Effect]:
         """Plan the generation that was announced, once nobody is awaited any more."""
         complete = not self.quiescence.awaited if self.plans else self.members.complete
-        if not complete:
-            return []
+        return self._plan_now(now) if complete else []
+
+    def start_late(self, now: float) -> list[Effect]:
+        """Some of the devices that places prefer are not ready in time: begin the job without them
+        if spares fill all places."""
+        missing = ", ".join(map(str, self.members.missing()))
+        waited = self.limits.spawn_timeout_seconds
+        late = f"workers on {missing} were not ready {waited:g} s after the start"
+        staying = self.members.workers().keys() - self.members.leaving()
+        if len(staying) < len(self.members.homes):
+            spared = f"{len(staying)} of the {len(self.members.homes)} that are needed were"
+            remedy = "see their logs, or raise health.spawn_timeout_seconds"
+            return self.halt(f"{late}, {spared}; {remedy}")
+        return [
+            Note("late_start", {"reason": f"{late}; spares take their places"}),
+            *self._plan_now(now),
+        ]
+
+    def _plan_now(self, now: float) -> list[Effect]:
         answers = self.quiescence.answers
         plan = plan_generation(self.shape, self._situation(now))
         if isinstance(plan, NoPlan):
             return self.halt(plan.reason)
-        alive = self.members.alive()
-        steps = self.commits.steps
-        committed = max((steps[m] for m in alive & steps.keys()), default=-1)
         published, before = publication(self.plans, plan), self.plan
         self.plans[self.generation] = plan
         self._placed, self._participants = _members(plan)
@@ -162,13 +187,25 @@ class Job:
         self.adoption = Adoption(self.generation, self.involved())
         held = {m: each.standing.committed for m, each in answers.items() if each.standing}
         self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
-        effects: list[Effect] = [Send(published)]
+        return [Send(published), *self._plan_notes(plan, before, answers.values())]
+
+    def newest_plan_notes(self, reports: Iterable[NodeReport]) -> list[Note]:
+        """What the journal is to have of the newest plan, which these reports were made for."""
+        *earlier, plan = self.plans.values()
+        answers = [answer for report in reports for answer in report.workers]
+        return self._plan_notes(plan, earlier[-1] if earlier else None, answers)
+
+    def _plan_notes(
+        self, plan: Plan, before: Plan | None, answers: Collection[Quiesced]
+    ) -> list[Note]:
+        notes = []
         if answers:
-            stopped_at = max(answer.at for answer in answers.values())
+            stopped_at = max(answer.at for answer in answers)
             quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
-            effects.append(Note("phase_done", quiesced))
+            notes.append(Note("phase_done", quiesced))
+        committed = max((a.standing.committed for a in answers if a.standing), default=-1)
         lost_steps = max(0, committed + 1 - plan.resume_step)
-        return [*effects, plan_note(plan, before, self.shape.sizes, lost_steps)]
+        return [*notes, plan_note(plan, before, self.shape.sizes, lost_steps)]
 
     def _situation(self, now: float) -> Situation:
         return Situation(

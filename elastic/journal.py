@@ -3,12 +3,14 @@
 The recorder sits beside the controller and sees what it sees. It writes on change, one named event
 with its fields a line, and tells the same to its listener (the live view). No worker ever waits for
 a file. A controller that takes over opens the files of its predecessor and goes on with them.
+
+The files grow with the run, what is in memory does not: the summary is made from the files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,10 +18,10 @@ import msgspec
 
 from elastic.effects import Finish, Note
 from elastic.messages import AgentRecord, NodeProgress, StepDone, StoreMessage
-from elastic.notes import fault_notes
+from elastic.notes import EntryId, entry_id, fault_notes
 from elastic.plan import Plan
 from elastic.step_log import StepLine, StepLog
-from elastic.summary import summarize
+from elastic.summary import step_figures, summarize
 
 Listener = Callable[[str, Mapping[str, Any]], None]
 """Called with the name of an event (``step`` for a committed step) and its fields."""
@@ -52,10 +54,12 @@ class Recorder:
         self._job = job
         self._listener = listener
         self._faults = faults
-        self._journal = _read_lines(run_dir / "journal.jsonl")
-        self._steps = _read_lines(run_dir / "steps.jsonl")
-        last = self._steps[-1]["step"] if self._steps else -1
-        self._step_log = StepLog(plans, after=last)
+        self._told = {entry_id(e["event"], e) for e in _lines(run_dir / "journal.jsonl")}
+        last_step = -1
+        self._last_generation = 0
+        for line in _lines(run_dir / "steps.jsonl"):
+            last_step, self._last_generation = line["step"], line["generation"]
+        self._step_log = StepLog(plans, after=last_step)
         self._ready: dict[int, tuple[str, ...]] = {}
         self._outcome: str | None = None
         self._journal_file = _open(run_dir / "journal.jsonl")
@@ -64,7 +68,7 @@ class Recorder:
     @property
     def is_new(self) -> bool:
         """Whether nothing was written yet."""
-        return not self._journal
+        return not self._told
 
     @property
     def is_concluded(self) -> bool:
@@ -72,25 +76,26 @@ class Recorder:
         return (self._run_dir / "summary.json").exists()
 
     @property
-    def failures(self) -> frozenset[str]:
-        """Ids of the failures in the journal."""
-        return frozenset(e["id"] for e in self._journal if e["event"] == "failure")
+    def told(self) -> Collection[EntryId | None]:
+        """Of the entries that a journal has once, those that this one has."""
+        return self._told
 
     @property
-    def injected(self) -> frozenset[int]:
-        """The faults that struck."""
-        return frozenset(e["fault"] for e in self._journal if e["event"] == "fault_injected")
+    def waits_since(self) -> int | None:
+        """The revision of the oldest report of a step whose line is not due yet; None: no such."""
+        return self._step_log.waits_since
 
-    def observe(self, at: float, seen: StoreMessage | Note | Finish) -> None:
-        """Take what the driver saw or did at time `at`."""
+    def observe(self, at: float, seen: StoreMessage | Note | Finish, revision: int = 0) -> None:
+        """Take what the driver saw or did at time `at`; `revision` is that of a message's key."""
         match seen:
             case Note(event, fields):
                 self.note(at, event, fields)
             case Finish(outcome, reason):
                 self._outcome = outcome
                 self._write_steps(self._step_log.flush())
-                for fault in sorted(set(self._faults) - self.injected):
-                    self.note(at, "fault_not_injected", {"fault": fault})
+                for fault in self._faults:
+                    if entry_id("fault_injected", {"fault": fault}) not in self._told:
+                        self.note(at, "fault_not_injected", {"fault": fault})
                 self.note(at, "finish", {"outcome": outcome, "reason": reason})
             case AgentRecord():
                 ready = tuple(str(member) for member in seen.ready)
@@ -100,21 +105,21 @@ class Recorder:
             case NodeProgress():
                 for note in seen.notes:
                     if isinstance(note, StepDone):
-                        self._write_steps(self._step_log.take(note))
+                        self._write_steps(self._step_log.take(note, revision))
             case _:
                 pass
 
     def catch_up(self, at: float, seen: object) -> None:
         """Write those faults that `seen` tells of and that a predecessor did not write."""
         for note in fault_notes(seen):
-            if note.fields["fault"] not in self.injected:
+            if entry_id(note.event, note.fields) not in self._told:
                 self.observe(at, note)
 
     def note(self, at: float, event: str, fields: Mapping[str, Any]) -> None:
         """Write one event to the journal and tell the listener."""
-        # Through msgspec, so that the entry in memory is what a reader of the file gets.
+        # Through msgspec, so that the listener gets what a reader of the file gets.
         entry = msgspec.json.decode(msgspec.json.encode({"at": at, "event": event, **fields}))
-        self._journal.append(entry)
+        self._told.add(entry_id(event, entry))
         _write_line(self._journal_file, entry)
         self._listener(event, entry)
 
@@ -124,7 +129,9 @@ class Recorder:
         self._steps_file.close()
         if self._outcome is None:
             return
-        summary = summarize(self._job, self._journal, self._steps, self._outcome)
+        journal = list(_lines(self._run_dir / "journal.jsonl"))
+        steps = map(step_figures, _lines(self._run_dir / "steps.jsonl"))
+        summary = summarize(self._job, journal, list(steps), self._outcome)
         encoded = msgspec.json.format(msgspec.json.encode(summary), indent=2)
         partial = self._run_dir / "summary.json.partial"
         partial.write_bytes(encoded + b"\n")
@@ -134,9 +141,8 @@ class Recorder:
         for line in lines:
             entry = {name: getattr(line, name) for name in STEP_FIELDS}
             _write_line(self._steps_file, entry)
-            before = self._steps[-1]["generation"] if self._steps else 0
-            self._steps.append(entry)
-            if line.generation > before:
+            if line.generation > self._last_generation:
+                self._last_generation = line.generation
                 resumed = {"generation": line.generation, "step": line.step}
                 self.note(line.at, "resumed", resumed)
             if line.replicas_equal is False:
@@ -152,9 +158,11 @@ def _open(path: Path) -> IO[bytes]:
     return path.open("ab", buffering=0)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries that a predecessor wrote, if there was one."""
-    return [msgspec.json.decode(line) for line in path.open("rb")] if path.exists() else []
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a file that may not exist yet."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from map(msgspec.json.decode, file)
 
 
 def _write_line(file: IO[bytes], entry: Mapping[str, Any]) -> None:

@@ -1,16 +1,37 @@
 """The entries of the journal that the summary is made from: a failure, a fault, and a plan.
 
 Pure. Programs outside read these fields, so they are written in one place.
+
+A leader writes to the store first and to the journal next. Its successor tells again what may lie
+between the two; `entry_id` shows which of that the journal has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from elastic.effects import Note, Phase
 from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress
 from elastic.plan import Plan
 from ntp.atoms import AtomSizes
+
+EntryId: TypeAlias = tuple[Any, ...]
+"""The name of an event, and those of its fields that tell it from others of the name."""
+
+_TOLD_ONCE: Mapping[str, tuple[str, ...]] = {
+    "failure": ("id",),
+    "fault_injected": ("fault",),
+    "plan": ("generation",),
+    "phase_done": ("generation", "phase"),
+    "running": ("generation",),
+}
+
+
+def entry_id(event: str, fields: Mapping[str, Any]) -> EntryId | None:
+    """What identifies an entry that a journal has once; None if there may be more like it."""
+    names = _TOLD_ONCE.get(event)
+    return None if names is None else (event, *(fields[name] for name in names))
 
 
 def failure_note(

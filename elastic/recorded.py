@@ -28,7 +28,7 @@ from elastic.messages import (
     WorkerStatus,
 )
 from elastic.plan import Plan
-from elastic.plan_chain import rebuilt
+from elastic.plan_chain import generation_of, rebuilt
 from elastic.topology import Member
 
 
@@ -36,8 +36,9 @@ from elastic.topology import Member
 class Recorded:
     """A job as its keys tell it.
 
-    `announced` is the newest announcement, if no plan answered it yet; `reports` the answers to it,
-    and `heard` the nodes whose agents said that they heard it.
+    `announced` is the newest announcement, if no plan answered it yet; `reports` the answers to the
+    newest one, also if a plan did, and `heard` the nodes whose agents said that they heard it.
+    `outdated` are the plans older than the last one that was written whole, which nobody needs.
     `nodes` are the agents that live, but those that were told that they may leave, which are
     `dismissed`, by node and life. `failures` are all that were reported, oldest first. `committed`
     is the last step that each worker is known to have committed. `wish`: somebody wants the job to
@@ -45,6 +46,7 @@ class Recorded:
     """
 
     plans: Mapping[int, Plan]
+    outdated: tuple[int, ...]
     announced: Quiesce | None
     reports: tuple[NodeReport, ...]
     heard: frozenset[int]
@@ -63,7 +65,7 @@ class Recorded:
         return self.announced.generation if self.announced is not None else planned
 
 
-NOTHING_RECORDED = Recorded({}, None, (), frozenset(), (), frozenset(), {}, {}, (), None, None)
+NOTHING_RECORDED = Recorded({}, (), None, (), frozenset(), (), frozenset(), {}, {}, (), None, None)
 """A job that has not begun."""
 
 
@@ -114,12 +116,14 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
     newest = max(quiesces, key=lambda quiesce: quiesce.generation, default=None)
     if newest is not None and newest.generation <= max(plans, default=0):
         newest = None
-    awaited = newest.generation if newest is not None else -1
+    asked = newest.generation if newest is not None else max(plans, default=0)
+    oldest = whole.plan.generation if whole is not None else 0
     return Recorded(
-        plans=plans,
+        plans={number: plan for number, plan in plans.items() if number >= oldest},
+        outdated=tuple(sorted(n for n in map(generation_of, published) if n < oldest)),
         announced=newest,
-        reports=tuple(report for report in reports if report.generation == awaited),
-        heard=frozenset(each.node for each in alive if each.generation == awaited),
+        reports=tuple(report for report in reports if report.generation == asked),
+        heard=frozenset(each.node for each in alive if each.generation == asked),
         nodes=tuple(
             record
             for record in sorted(nodes, key=lambda record: record.node)

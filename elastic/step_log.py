@@ -6,6 +6,9 @@ ranks spoke for all: the first and the last, which no single loss takes. The wei
 replica is the sum of its slots' parts, so a step with digests needs all ranks. Otherwise a line is
 due with the next step's: a rank that died right after its commit leaves its replica's digest
 unknown for that step, and the others' digests stand.
+
+Until its line is due, a report is in memory only. So each comes with its revision in the store, and
+whoever goes on with the log is to begin before the oldest that waits.
 """
 
 from __future__ import annotations
@@ -58,13 +61,20 @@ class StepLog:
         self._plans = plans
         self._after = after
         self._reports: dict[int, dict[Member, StepDone]] = {}
+        self._since: dict[int, int] = {}
         self._previous_at: float | None = None
 
-    def take(self, report: StepDone) -> list[StepLine]:
-        """Add one report."""
+    @property
+    def waits_since(self) -> int | None:
+        """The revision of the oldest report whose line is not due yet; None: there is none."""
+        return min(self._since.values(), default=None)
+
+    def take(self, report: StepDone, revision: int = 0) -> list[StepLine]:
+        """Add one report, which the store has had since `revision`."""
         if report.generation not in self._plans or report.step <= self._after:
             return []
         self._reports.setdefault(report.step, {})[report.member] = report
+        self._since.setdefault(report.step, revision)
         return self._lines(report.step) if self._is_due(report.step) else []
 
     def flush(self) -> list[StepLine]:
@@ -87,6 +97,8 @@ class StepLog:
     def _lines(self, up_to: int) -> list[StepLine]:
         due = sorted(step for step in self._reports if step <= up_to)
         self._after = max(self._after, up_to)
+        for step in due:
+            del self._since[step]
         return [self._line(step, list(self._reports.pop(step).values())) for step in due]
 
     def _line(self, step: int, reports: Sequence[StepDone]) -> StepLine:

@@ -20,10 +20,21 @@ from typing import Any
 Entry = Mapping[str, Any]
 
 
+STEP_FIGURES = ("loss", "weights_digest", "seconds")
+
+
+def step_figures(step: Entry) -> Entry:
+    """What the summary needs of a step: a run may have more of them than fit into memory whole."""
+    return {name: step[name] for name in STEP_FIGURES}
+
+
 def summarize(
     job: str, journal: Sequence[Entry], steps: Sequence[Entry], outcome: str
 ) -> dict[str, Any]:
-    """The content of summary.json; `outcome` is completed, halted, interrupted or failed."""
+    """The content of summary.json; `outcome` is completed, halted, interrupted or failed.
+
+    Of the steps, no more is read than their `step_figures`.
+    """
     plans = [entry for entry in journal if entry["event"] == "plan"]
     resumed = [entry for entry in journal if entry["event"] == "resumed"]
     differ = any(entry["event"] == "replicas_differ" for entry in journal)

@@ -11,7 +11,8 @@ Deadlines hold only while everybody can report. Before time is passed on, the st
 long it kept silent is passed on first, so that nobody is called late for it.
 
 The run's files are the leader's. A successor replays the reports since the revision up to which its
-predecessor had written them, which that one notes in the store.
+predecessor had written them, which that one notes in the store. What is written by then includes
+nothing that still waits for other reports.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class Term:
             await asyncio.gather(*everything, return_exceptions=True)
 
     async def _work(self) -> Finish:
-        begun = self._controller.begin(self._recorder.failures, time.time())
+        begun = self._controller.begin(self._recorder.told, time.time())
         finish = await self._perform(begun)
         while finish is None:
             revision, event = await self._events.get()
@@ -152,7 +153,7 @@ class Term:
                 await self._note_position()
             now = time.time()
             if isinstance(event, Reported):
-                self._recorder.observe(now, event)
+                self._recorder.observe(now, event, revision)
             if 0 < revision <= self._begins_at:
                 # What the predecessor may not have written of something that lies behind.
                 self._recorder.catch_up(now, event)
@@ -190,9 +191,15 @@ class Term:
         await write
         self._led_at = asked_at
 
+    @property
+    def _written(self) -> int:
+        """The revision up to which the run's files are written."""
+        waits_since = self._recorder.waits_since
+        return self._seen if waits_since is None else min(self._seen, waits_since - 1)
+
     async def _note_position(self) -> None:
         """Say up to where the run's files are written."""
-        self._noted = self._seen
+        self._noted = self._written
         value = str(self._noted).encode()
         guard = self._leadership.guard
         await self._led(self._store.put(position_key(self._job), value, guard=guard))
@@ -235,7 +242,7 @@ class Term:
             if silent > OUTAGE_SECONDS:
                 self.take(Outage(silent + OUTAGE_SECONDS))
             self.take(Tick())
-            if time.time() - noted_at > POSITION_SECONDS and self._seen > self._noted:
+            if time.time() - noted_at > POSITION_SECONDS and self._written > self._noted:
                 noted_at = time.time()
                 await self._note_position()
 

@@ -33,6 +33,7 @@ from elastic.messages import (
     Stop,
     WholePlan,
 )
+from elastic.notes import EntryId, entry_id
 from elastic.plan import Plan
 from elastic.plan_chain import generation_of
 from elastic.plan_change import changed
@@ -48,14 +49,14 @@ EXCUSE_SECONDS = 12.0
 class Oracle:
     """Knows all.
 
-    `calm_at` is when the last disturbance of store, network or agents ends; `journaled` are the ids
-    of the failures that leaders noted.
+    `calm_at` is when the last disturbance of store, network or agents ends; `journaled` are the
+    entries that leaders wrote.
     """
 
     def __init__(self, clock: Clock, shape: JobShape) -> None:
         self.calm_at = 0.0
         self.plans: dict[int, Plan] = {}
-        self.journaled: set[str] = set()
+        self.journaled: set[EntryId | None] = set()
         self.avoidance = Avoidance(clock, shape)
         self._clock = clock
         self._shape = shape
@@ -77,6 +78,7 @@ class Oracle:
         self._leader: str | None = None
         self._failed: dict[Member, int] = {}
         self._lost: dict[Member, int] = {}
+        self._torn: dict[Member, int] = {}
         self._answered: dict[tuple[int, Member], int] = {}
         self._processes: dict[Member, SimWorker] = {}
 
@@ -99,6 +101,9 @@ class Oracle:
             case None:
                 if isinstance(before, AgentRecord):
                     self._lost |= dict.fromkeys(before.ready, told.revision)
+                    newest = self.plans.get(max(self.plans, default=0))
+                    placed = {member for _, member in newest.placement} if newest else set()
+                    self._torn |= dict.fromkeys(placed.intersection(before.ready), told.revision)
                 elif isinstance(before, Adopt | PlanChange):
                     gone, kept = generation_of(before), self._whole_plan
                     check(gone < kept, f"plan {gone} is gone before {kept}")
@@ -120,8 +125,8 @@ class Oracle:
                     plan.generation == self._announced,
                     f"plan {plan.generation} answers announcement {self._announced}",
                 )
-                placed = {str(assignment.member) for assignment in plan.participants}
-                check(not placed & self.journaled, f"failed {placed & self.journaled} are placed")
+                failed = {("failure", str(each.member)) for each in plan.participants}
+                check(not failed & self.journaled, f"failed {failed & self.journaled} are placed")
                 self._check_plan(plan)
                 self.plans[plan.generation] = plan
             case Failed():
@@ -167,8 +172,8 @@ class Oracle:
     def noted(self, process: Process, note: Note) -> None:
         """A process writes to the journal. Who leads no more may not know it yet."""
         self.avoidance.noted(process.name, note)
-        if note.event == "failure" and process.name == self._leader:
-            self.journaled.add(note.fields["id"])
+        if process.name == self._leader:
+            self.journaled.add(entry_id(note.event, note.fields))
 
     def fenced(self, worker: SimWorker) -> None:
         """An agent obeys the order to kill a worker."""
@@ -303,9 +308,15 @@ class Oracle:
         Who ended it knew the store up to revision `seen`.
         """
         check = self._clock.check
-        reported = {str(member) for member, at in self._failed.items() if at <= seen}
-        missing = sorted(reported - self.journaled)
-        check(not missing, f"the journal lacks the failures of {missing}")
+        expected = {
+            ("failure", str(member))
+            for known in (self._failed, self._torn)
+            for member, at in known.items()
+            if at <= seen
+        }
+        expected |= {("plan", generation) for generation in self.plans}
+        missing = sorted(expected - self.journaled)
+        check(not missing, f"the journal lacks {missing}")
         gone = self._failed.keys() | self._lost.keys()
         workers = [w for m, w in self._processes.items() if m not in gone and not w.dead]
         if finished.outcome == "completed":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -198,10 +198,31 @@ def test_a_take_over_that_counts_on_the_living_alone_is_found(
         job = controller._job
         job.phase = Phase.REBUILDING
         job.adoption = Adoption(job.generation, job.involved() & job.members.alive())
-        return []
+        return [*job.newest_plan_notes(())]
 
     monkeypatch.setattr(Controller, "_go_on", go_on)
     assert first_violation()[0] == "stuck"
+
+
+def test_a_take_over_that_leaves_a_plan_untold_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "newest_plan_notes", lambda self, reports: [])
+    found = first_violation()[0]
+    assert "the journal lacks" in found and "'plan'" in found
+
+
+def test_a_take_over_that_leaves_the_loss_of_a_node_untold_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mourn = Controller._mourn
+
+    def late(
+        controller: Controller, lost: Collection[Member], evidence: str, now: float
+    ) -> list[Effect]:
+        return [] if "began to lead" in evidence else mourn(controller, lost, evidence, now)
+
+    monkeypatch.setattr(Controller, "_mourn", late)
+    found = first_violation()[0]
+    assert "the journal lacks" in found and "'failure'" in found
 
 
 def test_a_node_that_is_cut_off_and_commits_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

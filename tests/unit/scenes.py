@@ -44,6 +44,7 @@ from elastic.messages import (
     WholePlan,
     WorkerStatus,
 )
+from elastic.notes import EntryId, entry_id
 from elastic.plan import Plan
 from elastic.recorded import read_messages
 from elastic.session import Session, Standing, standing
@@ -121,18 +122,19 @@ class Stage:
     """Drives one controller. `lines` is the transcript, `stored` what the store would hold.
 
     With `successors`, each event but the passing of time, which deadlines count from their start,
-    is taken by a new controller, built on what is stored.
+    is taken by a new controller, built on what is stored. `spares`: devices of one more node.
     """
 
     successors = False
 
-    def __init__(self, shape: JobShape, limits: Limits = LIMITS) -> None:
+    def __init__(self, shape: JobShape, limits: Limits = LIMITS, spares: int = 0) -> None:
         self.shape = shape
         self.devices = node_devices(shape)
+        self.devices += tuple(DeviceId(shape.replicas, index) for index in range(spares))
         self.controller = Controller(shape, self.devices, limits, 0.0)
         self.limits = limits
         self.stored: dict[str, StoreMessage] = {}
-        self.journaled: set[str] = set()
+        self.journaled: set[EntryId | None] = set()
         self._statuses: dict[Member, WorkerStatus] = {}
         self.lines: list[str] = []
         self.effects: list[Effect] = []
@@ -181,7 +183,6 @@ class Stage:
     def _store(self, event: Event) -> None:
         match event:
             case Failed():
-                self.journaled.add(event.failure.id)
                 self.stored[key_of("job", event)] = event
             case NodeProgress(node, notes):
                 for note in notes:
@@ -205,6 +206,8 @@ class Stage:
                 self.stored.pop(agent_key("job", effect.node), None)
             elif isinstance(effect, ForgetPlan):
                 self.stored.pop(plan_key("job", effect.generation), None)
+            elif isinstance(effect, Note):
+                self.journaled.add(entry_id(effect.event, effect.fields))
 
     def wait(self, seconds: float) -> list[Effect]:
         self.now += seconds

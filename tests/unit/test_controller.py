@@ -239,6 +239,19 @@ def spawn_timeout() -> Stage:
     return stage
 
 
+def spares_begin_for_a_late_node() -> Stage:
+    stage = Stage(job_shape(), spares=2)
+    stage.ready(0)
+    stage.ready(2)
+    stage.wait(59.0)
+    assert stage.effects == []
+    stage.wait(2.0)
+    assert {member.device.node for member in stage.placed} == {0, 2}
+    assert stage.plan.degrees() == ((2,), (2,))
+    stage.ready(1)
+    return stage
+
+
 def replica_lost_and_back() -> Stage:
     stage = running()
     stage.failed(stage.member(0, 0))
@@ -501,6 +514,7 @@ SCENARIOS = (
     connection_lost_with_culprit,
     worker_that_never_answers,
     spawn_timeout,
+    spares_begin_for_a_late_node,
     replica_lost_and_back,
     last_holder_lost,
     completion,

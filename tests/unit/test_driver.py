@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scenes import LIMITS, failure_of, job_shape, node_devices
+from scenes import LIMITS, Stage, failure_of, job_shape, node_devices, step_done
 
 from elastic.controller import Controller
 from elastic.driver import Driver
@@ -81,6 +81,43 @@ def test_faults_that_struck_while_nobody_led_are_written_once(tmp_path: Path) ->
     assert asyncio.run(main()).outcome == "interrupted"
     faults = [entry["fault"] for entry in journal(tmp_path) if entry["event"] == "fault_injected"]
     assert faults == [3, 1, 2]
+
+
+def test_a_report_that_waits_for_others_outlives_the_leader_that_heard_it(tmp_path: Path) -> None:
+    stage = Stage(SHAPE)
+    stage.start()
+    part = {"sharded_digest": 1, "replicated_digest": 2}
+    early, late = stage.placed[:2], stage.placed[2:]
+
+    def reports(members: list[Member]) -> NodeProgress:
+        return NodeProgress(0, tuple(step_done(1, each, 0, 10.0, **part) for each in members))
+
+    async def main() -> None:
+        store = MemoryStore()
+        # Before each event it says how far the files are written, as if its lease had been over.
+        eager = Candidate(store, tmp_path, lease_seconds=0.0)
+        for message in stage.stored.values():
+            await store.put(key_of("job", message), encode(message))
+        leading = asyncio.create_task(eager.driver.run())
+        await asyncio.wait_for(eager.leads.wait(), PATIENCE_SECONDS)
+        heard = await store.put(key_of("job", reports(early)), encode(reports(early)))
+        other = AgentRecord(7, 1, (), (Member(DeviceId(7, 0), 1),), "node7:7")
+        await store.put(key_of("job", other), encode(other))
+        await eager.until("workers_ready")
+        assert await store.get(position_key("job")) == str(heard - 1).encode()
+        leading.cancel()
+        await asyncio.gather(leading, return_exceptions=True)
+        successor = Candidate(store, tmp_path)
+        leading = asyncio.create_task(successor.driver.run())
+        await asyncio.wait_for(successor.leads.wait(), PATIENCE_SECONDS)
+        await store.put(key_of("job", reports(late)), encode(reports(late)))
+        await successor.until("step")
+        successor.driver.stop("enough")
+        await asyncio.wait_for(leading, PATIENCE_SECONDS)
+
+    asyncio.run(main())
+    (line,) = [json.loads(line) for line in (tmp_path / "steps.jsonl").open()]
+    assert line["weights_digest"] == f"{4:016x}"
 
 
 def test_a_candidate_stands_by_until_the_leader_is_gone(tmp_path: Path) -> None:

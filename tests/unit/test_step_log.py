@@ -46,6 +46,18 @@ def test_a_line_is_due_when_all_ranks_have_reported(stage: Stage) -> None:
     assert log.flush() == []
 
 
+def test_the_oldest_report_that_waits_is_known(stage: Stage) -> None:
+    log = StepLog(plans(stage))
+    assert log.waits_since is None
+    for revision, report in enumerate(reports(stage, 0, stage.placed[1:]), start=7):
+        log.take(report, revision)
+    log.take(reports(stage, 1)[0], 20)
+    assert log.waits_since == 7
+    log.take(reports(stage, 0, stage.placed[:1])[0], 21)
+    assert log.waits_since == 20
+    assert [line.step for line in log.flush()] == [1] and log.waits_since is None
+
+
 def test_seconds_run_from_the_previous_line_and_the_first_from_its_own_start(stage: Stage) -> None:
     log = StepLog(plans(stage))
     lines = take(log, reports(stage, 0)) + take(log, reports(stage, 1))
