@@ -151,6 +151,8 @@ def describe(event: str, fields: Mapping[str, Any]) -> str | None:
             return f"generation {fields['generation']}: {action}, {reason}"
         case "running":
             return f"generation {fields['generation']} runs"
+        case "late_start":
+            return f"begins late: {fields['reason']}"
         case "drained":
             return f"node{fields['node']} may leave: nothing of it is in use"
         case "drain_waits":
