@@ -17,17 +17,17 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from enum import Enum, auto
 from typing import Any
 
 import grpc
 import grpc.aio
 from etcd3aio import EtcdConnectionError, EtcdError, EtcdTransientError, EtcdUnauthenticatedError
+from etcd3aio._protobuf import WatchCreateRequest, WatchRequest, WatchStub
 from etcd3aio.auth import AuthService
 from etcd3aio.kv import KVService
 from etcd3aio.lease import LeaseService
-from etcd3aio.watch import WatchService
 
 from elastic.etcd_access import EtcdAccess
 from elastic.store import LeaseLost, StoreRefused
@@ -36,7 +36,6 @@ ATTEMPT_SECONDS = 5.0
 """How long one attempt may take; the next one may reach another member of the cluster."""
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 1.0
-WATCH_PAUSE_SECONDS = (0.1, 0.5)
 
 WAIT_CODES = frozenset(
     {
@@ -93,12 +92,9 @@ class EtcdCalls:
         self._channel = access.channel()
         self._auth = AuthService(self._channel, max_attempts=1)
         self._token: str | None = None
-        first, longest = WATCH_PAUSE_SECONDS
         self.kv = KVService(self._channel, max_attempts=1)
         self.leases = LeaseService(self._channel, max_attempts=1)
-        self.watches = WatchService(
-            self._channel, reconnect_backoff_seconds=first, max_reconnect_backoff_seconds=longest
-        )
+        self._watches = WatchStub(self._channel)
         self.outage = Outage(str(access))
         self.revision = 0
         self.closed = False
@@ -143,11 +139,28 @@ class EtcdCalls:
                 self.revision = max(self.revision, answer.header.revision)
                 return answer, repeated
 
+    async def stream(
+        self, start: bytes, end: bytes, start_revision: int
+    ) -> AsyncGenerator[Any, None]:
+        """What etcd says of the keys from `start` to before `end`, as long as one stream lasts.
+
+        Raises grpc.aio.AioRpcError if it breaks.
+        """
+        metadata = None if self._token is None else (("token", self._token),)
+        stream = self._watches.Watch(metadata=metadata)
+        try:
+            request = WatchCreateRequest(key=start, range_end=end, start_revision=start_revision)
+            await stream.write(WatchRequest(create_request=request))
+            async for response in stream:
+                yield response
+        finally:
+            stream.cancel()
+
     async def _valid_token(self) -> str | None:
         if self._access.user is not None and self._token is None:
             answer = await self._auth.authenticate(self._access.user, self._access.password)
             self._token = answer.token
-            for service in (self.kv, self.leases, self.watches):
+            for service in (self.kv, self.leases):
                 service.set_token(self._token)
         return self._token
 

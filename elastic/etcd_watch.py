@@ -1,10 +1,9 @@
 """A watch on etcd that misses nothing and tells nothing twice, whatever happens to the connection.
 
 Theory of operation. The watch keeps its own position: the revision of the last change it gave out.
-A stream that ends or breaks is followed by a new one from there. etcd3aio reconnects streams by
-itself, but from the revision of the newest answer, which may be ahead of the changes that were
-still to come on a stream that was catching up; its reconnection shows as a second `created`, and is
-not used.
+A stream that ends or breaks is followed by a new one from there. etcd3aio's own watch is not used:
+it reconnects by itself, but from the revision of the newest answer, which may be ahead of the
+changes that were still to come on a stream that was catching up.
 
 etcd forgets old revisions by compaction. A watch that fell behind one reads the present keys and
 gives out the difference: keys written since, and keys it knew that are gone. Intermediate values
@@ -17,7 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 import grpc.aio
 from etcd3aio import prefix_range_end
@@ -65,24 +64,20 @@ class EtcdWatch:
 
     async def _stream(self) -> AsyncGenerator[Change, None]:
         """Changes from the position on, until the stream must be replaced."""
-        stream = self._calls.watches.watch(
-            self._prefix, self._end, start_revision=self._position + 1
-        )
-        created = False
-        # Its declared type hides that it is a generator, which must be closed to end its call.
-        async with aclosing(cast(AsyncGenerator[Any, None], stream)) as responses:
+        stream = self._calls.stream(self._prefix.encode(), self._end, self._position + 1)
+        async with aclosing(stream) as responses:
             try:
                 async for response in responses:
                     if response.compact_revision > 0:
                         async for change in self._difference():
                             yield change
                         return
-                    if response.canceled or (response.created and created):
+                    if response.canceled:
                         return
-                    created = created or response.created
                     for event in response.events:
                         yield self._take(event)
-            except grpc.aio.AioRpcError:
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                # The latter if the stream was over before the request could be written.
                 return
 
     def _take(self, event: Any) -> Change:
