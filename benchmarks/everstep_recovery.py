@@ -94,7 +94,6 @@ def _fault(strike: Strike, number: int, slots: int) -> dict[str, Any]:
         "replica": (number + 1) % REPLICAS,
         "slot": (number // REPLICAS + 2 * number + 2) % slots,
     }
-    node = {"node": REPLICAS - 1}
     match strike:
         case Strike.SIGKILL:
             return {**fault, "phase": phase, "target": slot, "kind": "sigkill"}
@@ -102,10 +101,9 @@ def _fault(strike: Strike, number: int, slots: int) -> dict[str, Any]:
             return {**fault, "phase": phase, "target": slot, "kind": "sigstop"}
         case Strike.RAISE:
             return {**fault, "phase": phase, "target": slot, "kind": "raise"}
-        case Strike.AGENT_KILL:
-            return {**fault, "target": {"component": "agent", **node}, "kind": "sigkill"}
-        case Strike.NODE_LOSS:
-            return {**fault, "target": node, "kind": "sigkill"}
+        case Strike.AGENT_KILL | Strike.NODE_LOSS:
+            agent = {"component": "agent", "node": REPLICAS - 1}
+            return {**fault, "target": agent, "kind": "sigkill"}
 
 
 def _recoveries(run: EverstepRun) -> list[PhasedRecovery]:

@@ -9,10 +9,10 @@ a node's agent (its workers die with it), and of an agent and its workers at onc
 to the first step that the job completes with whom it has then. Steps lost had been completed and
 were done again, as those after the newest of the checkpoints that peers save every ten steps.
 
-A version of everstep whose agents live in the launcher loses the workers of a node without their
-agent, and has no agent to kill. Its strikes alternate between the replicas and between the phases
-of a step; those of peers hit the last replica, half a step after a step, as a peer's store may live
-on the first node.
+The kernel ends everstep's workers with their agent, so its node loss is another series of agent
+kills. Its strikes on workers alternate between the replicas and between the phases of a step; those
+of peers hit the last replica, half a step after a step, as a peer's store may live on the first
+node.
 
 The peers run the same model and step (`benchmarks.bare_model`), without everstep's runtime, from
 `benchmarks.peers`. A peer that is not installed, or fails, has that in its cells. A run without a
