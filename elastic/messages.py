@@ -104,13 +104,18 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Quiesced(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Worker: stopped for `generation`; `standing` is None where it holds no state."""
+    """Worker: stopped for `generation`; `standing` is None where it holds no state.
+
+    `replica_groups_intact`: it severed none of the groups inside its replica; `unbroken`: none at
+    all, of those that it had.
+    """
 
     generation: int
     member: Member
     standing: Standing | None
     replica_groups_intact: bool
     at: float
+    unbroken: bool = False
 
 
 class PhaseDone(msgspec.Struct, frozen=True, tag=True, array_like=True):

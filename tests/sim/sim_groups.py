@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from links import Comm
 
@@ -37,10 +37,40 @@ class Groups:
     def replica_is_intact(self, plan: Plan | None) -> bool:
         """Whether this member has the groups of its replica, as it sees them."""
         groups = replica_groups(plan, self._member)
-        return bool(groups) and all(
-            (live := self.comms.get(key)) is not None and live.intact(self._member, names)
-            for key, names in groups.items()
+        return bool(groups) and not self.broken(groups)
+
+    @property
+    def unbroken(self) -> bool:
+        """Whether this member has communicators, and severed none of them."""
+        return bool(self.comms) and not self.broken(
+            {key: comm.members for key, comm in self.comms.items()}
         )
+
+    def broken(self, groups: Mapping[GroupKey, tuple[Member, ...]]) -> set[GroupKey]:
+        """Those that this member does not have, or severed."""
+        return {
+            key
+            for key, names in groups.items()
+            if (live := self.comms.get(key)) is None or not live.intact(self._member, names)
+        }
+
+    def shrinking(
+        self, plan: Plan, wanted: Mapping[GroupKey, tuple[Member, ...]]
+    ) -> dict[GroupKey, tuple[Member, ...]]:
+        """The members, up to now, of the groups that only lose some; none if any group broke."""
+        return self.smaller(wanted) if plan.unbroken else {}
+
+    def smaller(
+        self, wanted: Mapping[GroupKey, tuple[Member, ...]]
+    ) -> dict[GroupKey, tuple[Member, ...]]:
+        """The members, up to now, of the groups that only lose some."""
+        return {
+            key: live.members
+            for key, live in self.comms.items()
+            if (names := wanted.get(key)) is not None
+            and len(names) < len(live.members)
+            and tuple(member for member in live.members if member in names) == names
+        }
 
     def sever(self, keep: Collection[GroupKey] = ()) -> None:
         """End all but these on this member's side."""

@@ -246,21 +246,27 @@ class SimWorker:
             if self.place.replica in plan.kept_replicas
             else {}
         )
-        self.groups.close(kept)
-        for spec in self.world.groups_of(plan, rank):
-            key = (spec.axis, spec.index)
-            names = tuple(plan.participants[r].member for r in spec.ranks)
+        wanted = {
+            (spec.axis, spec.index): tuple(plan.participants[r].member for r in spec.ranks)
+            for spec in self.world.groups_of(plan, rank)
+        }
+        shrunk = self.groups.shrinking(plan, wanted)
+        held = {key: wanted[key] for key in kept} | shrunk
+        self.groups.close(held)
+        for key, names in wanted.items():
+            if key in held and self.groups.broken({key: held[key]}):
+                self.clock.tell("%s finds its group %s severed", self.member, key)
+                raise Broken(f"{key} was to go on, but was severed meanwhile")
             if key in kept:
-                live = self.groups.comms.get(key)
-                if live is None or not live.intact(self.member, names):
-                    self.clock.tell("%s finds its kept group %s severed", self.member, key)
-                    raise Broken(f"{key} was to be kept, but was severed meanwhile")
                 continue
-            self._building = self.world.communicator(plan, key, names)
+            self._building = self.world.communicator(plan, key, names, shrunk=key in shrunk)
             try:
-                self.groups.comms[key] = yield self._building.build(self.member, BUILD_SECONDS)
+                made = yield self._building.build(self.member, BUILD_SECONDS)
             finally:
                 self._building = None
+            if key in shrunk:
+                self.groups.comms[key].sever(self.member)
+            self.groups.comms[key] = made
 
     def _reshard(self, plan: Plan) -> Thread:
         stage, slot = self.place.stage, self.slot
@@ -359,7 +365,9 @@ class SimWorker:
                 self.slot, self.session, self.layout_generation, self.pending_generation
             )
         intact = self.groups.replica_is_intact(self.plan)
-        self._send(Quiesced(quiesce.generation, self.member, held, intact, self.clock.now))
+        unbroken = self.groups.unbroken
+        now = self.clock.now
+        self._send(Quiesced(quiesce.generation, self.member, held, intact, now, unbroken))
 
     def _interrupted(self, error: Exception) -> None:
         self.groups.sever(keepable(self.plan, self.member) if self.may_keep() else frozenset())
