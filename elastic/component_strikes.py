@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from elastic.faults import Component, ComponentTarget, Fault, FaultInjection, NodeTarget
 from elastic.keeper import Keeper
-from elastic.keys import encode, key_of, leader_key
-from elastic.messages import ComponentFault
+from elastic.keys import agent_key, decode, encode, key_of, leader_key
+from elastic.messages import AgentRecord, ComponentFault
 from elastic.network import Network, PrivateNetwork
 from elastic.private_etcd import PrivateEtcd
 from elastic.store import Store
@@ -106,7 +106,12 @@ class ComponentStrikes:
         return True
 
     async def _announce(self, fault: Fault, name: str, node: int | None, step: int) -> None:
-        told = ComponentFault(fault.id, name, node, step, time.time())
+        life = None
+        if node is not None and (found := await self._store.get(agent_key(self._job, node))):
+            record = decode(self._job, agent_key(self._job, node), found)
+            assert isinstance(record, AgentRecord), record
+            life = record.life
+        told = ComponentFault(fault.id, name, node, step, time.time(), life)
         await self._store.put(key_of(self._job, told), encode(told))
 
     async def _keeper(self, component: Component, node: int | None) -> Keeper | None:

@@ -80,7 +80,12 @@ class Controller:
         recorded: Recorded = NOTHING_RECORDED,
     ) -> None:
         self._job = Job(shape, devices, limits, now, recorded)
-        self._agent_faults: dict[int, ComponentFault] = {}
+        # By the node and the life of the agent that was struck.
+        self._agent_faults = {
+            (fault.node, fault.life): fault
+            for fault in recorded.component_faults
+            if fault.node is not None
+        }
         self._recorded = recorded
 
     def begin(self, journaled: Collection[str], now: float) -> list[Effect]:
@@ -215,10 +220,10 @@ class Controller:
         return effects
 
     def _node_lost(self, event: NodeLost, now: float) -> list[Effect]:
+        fault = self._agent_faults.get((event.node, self._job.members.life(event.node)))
         lost = self._job.members.remove_node(event.node)
         hit = bool(lost & self._job.involved()) and bool(self._job.plans)
         effects: list[Effect] = []
-        fault = self._agent_faults.pop(event.node, None)
         cause = (fault.fault, fault.at, None, fault.step) if fault else (None, None, None, None)
         for member in sorted(lost):
             self._job.quiescence.drop(member)
@@ -238,7 +243,7 @@ class Controller:
 
     def _component_fault(self, event: ComponentFault, now: float) -> list[Effect]:
         if event.node is not None:
-            self._agent_faults[event.node] = event
+            self._agent_faults[event.node, event.life] = event
         return [component_fault_note(event)]
 
     def _node_alive(self, event: NodeAlive, now: float) -> list[Effect]:

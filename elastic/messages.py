@@ -216,7 +216,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class ComponentFault(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Launcher: an injected fault strikes a part of the runtime. Key ``events/fault<number>``.
 
-    `node` is that of an agent; None for a controller and the store.
+    `node` is that of an agent, and `life` the number of the agent that it has then; None for a
+    controller and the store. A later life of the node has nothing to do with the fault.
     """
 
     fault: int
@@ -224,6 +225,7 @@ class ComponentFault(msgspec.Struct, frozen=True, tag=True, array_like=True):
     node: int | None
     step: int
     at: float
+    life: int | None = None
 
 
 class NodeAlive(msgspec.Struct, frozen=True, tag=True, array_like=True):

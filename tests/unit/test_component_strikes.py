@@ -12,9 +12,9 @@ import pytest
 from elastic import component_strikes
 from elastic.component_strikes import DOWN_SECONDS, ComponentStrikes
 from elastic.faults import Component, ComponentTarget, Fault, FaultInjection, SlotTarget
-from elastic.keys import decode, job_prefix, leader_key
+from elastic.keys import decode, encode, job_prefix, key_of, leader_key
 from elastic.memory_store import MemoryStore
-from elastic.messages import ComponentFault
+from elastic.messages import AgentRecord, ComponentFault
 from elastic.network import Loopback
 
 KILL, STOP, GO_ON = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
@@ -169,6 +169,23 @@ def test_a_killed_agent_comes_back_at_once_or_never(
         await scene.strikes.look(10**6)
         assert scene.sent() == {"agent1": [KILL]}
         assert scene.keepers["agent1"].held_down is stays_down
+
+    played(scenario)
+
+
+@pytest.mark.parametrize("life", [None, 3])
+def test_the_struck_life_of_an_agent_is_told(
+    monkeypatch: pytest.MonkeyPatch, life: int | None
+) -> None:
+    scene = Scene(monkeypatch, fault(AGENT, FaultInjection.SIGKILL))
+
+    async def scenario() -> None:
+        if life is not None:
+            record = AgentRecord(1, life, (), (), "node1:7")
+            await scene.store.put(key_of("job", record), encode(record))
+        await scene.strikes.look(4)
+        (told,) = await scene.announced()
+        assert told.life == life
 
     played(scenario)
 
