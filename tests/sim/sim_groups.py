@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
+from typing import Any
 
-from links import Comm
+from links import Broken, Comm
+from sim_process import Wait
 
 from elastic.plan import Plan
 from elastic.topology import Assignment, Member
 from ntp.groups import GroupAxis
 
 GroupKey = tuple[GroupAxis, tuple[int, ...]]
+
+BUILD_SECONDS = 3.0
+"""How long a worker waits for the others of a group."""
 
 
 class Groups:
@@ -19,6 +24,7 @@ class Groups:
     def __init__(self, member: Member) -> None:
         self.comms: dict[GroupKey, Comm] = {}
         self._member = member
+        self._building: Comm | None = None
 
     @property
     def world(self) -> Comm:
@@ -71,6 +77,37 @@ class Groups:
             and len(names) < len(live.members)
             and tuple(member for member in live.members if member in names) == names
         }
+
+    def adopt(
+        self,
+        plan: Plan,
+        wanted: Mapping[GroupKey, tuple[Member, ...]],
+        kept: Collection[GroupKey],
+        communicator: Callable[..., Comm],
+    ) -> Generator[Wait, Any, None]:
+        """Have the groups that are wanted; `communicator` is `World.communicator`."""
+        shrunk = self.shrinking(plan, wanted)
+        held = {key: wanted[key] for key in kept} | shrunk
+        self.close(held)
+        for key, names in wanted.items():
+            if key in held and self.broken({key: held[key]}):
+                raise Broken(f"{key} was to go on, but was severed meanwhile")
+            if key in kept:
+                continue
+            self._building = communicator(plan, key, names, shrunk=key in shrunk)
+            try:
+                made = yield self._building.build(self._member, BUILD_SECONDS)
+            finally:
+                self._building = None
+            if key in shrunk:
+                self.comms[key].sever(self._member)
+            self.comms[key] = made
+
+    def stop(self, keep: Collection[GroupKey]) -> None:
+        """End all but these on this member's side, and the wait for one that is being made."""
+        self.sever(keep)
+        if self._building is not None:
+            self._building.sever(self._member)
 
     def sever(self, keep: Collection[GroupKey] = ()) -> None:
         """End all but these on this member's side."""

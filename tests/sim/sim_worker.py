@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pieces
-from links import Broken, Comm, StepAborted
+from links import Broken, StepAborted
 from pieces import Values, mix
 from sim_gradient import Gradient
 from sim_groups import Groups, keepable, replica_groups
@@ -42,9 +42,6 @@ from ntp.groups import GroupAxis
 
 if TYPE_CHECKING:
     from world import World
-
-BUILD_SECONDS = 3.0
-"""How long a worker waits for the others of a group."""
 
 Thread = Generator[Wait, Any, None]
 
@@ -78,7 +75,6 @@ class SimWorker:
         self._in_model = False
         self._pending_gradient = Gradient()
         self.line = line
-        self._building: Comm | None = None
         self._thread = Task(self.process, self._life())
 
     def start(self) -> None:
@@ -100,9 +96,7 @@ class SimWorker:
         if isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
-                self.groups.sever(keepable(self.plan, self.member, message.lost))
-                if self._building is not None:
-                    self._building.sever(self.member)
+                self.groups.stop(keepable(self.plan, self.member, message.lost))
         if isinstance(message, Adopt | PlanChange):
             self._plans.take(message)
             plan = self._plans.newest()
@@ -250,23 +244,7 @@ class SimWorker:
             (spec.axis, spec.index): tuple(plan.participants[r].member for r in spec.ranks)
             for spec in self.world.groups_of(plan, rank)
         }
-        shrunk = self.groups.shrinking(plan, wanted)
-        held = {key: wanted[key] for key in kept} | shrunk
-        self.groups.close(held)
-        for key, names in wanted.items():
-            if key in held and self.groups.broken({key: held[key]}):
-                self.clock.tell("%s finds its group %s severed", self.member, key)
-                raise Broken(f"{key} was to go on, but was severed meanwhile")
-            if key in kept:
-                continue
-            self._building = self.world.communicator(plan, key, names, shrunk=key in shrunk)
-            try:
-                made = yield self._building.build(self.member, BUILD_SECONDS)
-            finally:
-                self._building = None
-            if key in shrunk:
-                self.groups.comms[key].sever(self.member)
-            self.groups.comms[key] = made
+        yield from self.groups.adopt(plan, wanted, kept, self.world.communicator)
 
     def _reshard(self, plan: Plan) -> Thread:
         stage, slot = self.place.stage, self.slot
