@@ -81,7 +81,12 @@ class Controller:
         recorded: Recorded = NOTHING_RECORDED,
     ) -> None:
         self._job = Job(shape, devices, limits, now, recorded)
-        self._agent_faults: dict[int, ComponentFault] = {}
+        # By the node and the life of the agent that was struck.
+        self._agent_faults = {
+            (fault.node, fault.life): fault
+            for fault in recorded.component_faults
+            if fault.node is not None
+        }
         self._recorded = recorded
 
     def begin(self, journaled: Collection[EntryId | None], now: float) -> list[Effect]:
@@ -233,7 +238,6 @@ class Controller:
         lost = self._job.members.remove_node(event.node)
         hit = bool(lost & self._job.involved()) and bool(self._job.plans)
         effects = self._mourn(lost, event.evidence, now)
-        self._agent_faults.pop(event.node, None)
         if hit:
             effects += self._job.announce(f"node{event.node} is lost", True, now)
         return effects
@@ -246,7 +250,7 @@ class Controller:
             self._job.quiescence.drop(member)
             gone = NodeGone(member.device, member.incarnation, evidence)
             failure = classify(gone, device_healthy=False, now=now)
-            fault = self._agent_faults.get(member.device.node)
+            fault = self._agent_faults.get((member.device.node, member.life))
             cause = (fault.fault, fault.at, None, fault.step) if fault else (None, None, None, None)
             effects.append(self._job.failure_note(Failed(failure, *cause)))
             effects += self._job.probation.failed(failure, now)
@@ -260,7 +264,7 @@ class Controller:
 
     def _component_fault(self, event: ComponentFault, now: float) -> list[Effect]:
         if event.node is not None:
-            self._agent_faults[event.node] = event
+            self._agent_faults[event.node, event.life] = event
         return [component_fault_note(event)]
 
     def _node_alive(self, event: NodeAlive, now: float) -> list[Effect]:

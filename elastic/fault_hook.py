@@ -101,11 +101,13 @@ class FaultHook:
 def _carry_out(fault: Fault) -> None:
     match fault.kind:
         case FaultInjection.SLOW:
-            time.sleep(float(dict(fault.args).get("seconds") or SLOW_SECONDS))
+            seconds = fault.argument("seconds")
+            time.sleep(SLOW_SECONDS if seconds is None else seconds)
         case FaultInjection.SIGSTOP:
             os.kill(os.getpid(), signal.SIGSTOP)
         case FaultInjection.EXIT:
-            os._exit(int(dict(fault.args).get("code") or 1))
+            code = fault.argument("code")
+            os._exit(1 if code is None else int(code))
         case FaultInjection.RAISE:
             raise InjectedFault(f"fault {fault.id} of the faults file")
         case _:

@@ -13,7 +13,6 @@ fault that silently does not happen would make a run look more robust than it is
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,9 +22,6 @@ from typing import Any, Final, TypeAlias, TypeVar
 import yaml
 
 from elastic.config import yaml_problem
-
-Scalar: TypeAlias = str | int | float | bool | None
-"""A JSON value without parts: what an argument of a fault may be."""
 
 
 class FaultsError(ValueError):
@@ -146,7 +142,7 @@ class Fault:
         kind: what is done.
         heal_at_step: step from which the device may be used again; 0: at once, as only its process
             failed; None: never in this run.
-        args: arguments of the kind, sorted by name.
+        args: arguments of the kind, all of them numbers, sorted by name.
     """
 
     id: int
@@ -156,7 +152,11 @@ class Fault:
     target: Target
     kind: FaultInjection
     heal_at_step: int | None
-    args: tuple[tuple[str, Scalar], ...] = ()
+    args: tuple[tuple[str, int | float], ...] = ()
+
+    def argument(self, name: str) -> int | float | None:
+        """The argument of this name; None if the file gives none."""
+        return dict(self.args).get(name)
 
 
 def without_struck(faults: Iterable[Fault], struck: Collection[int]) -> list[Fault]:
@@ -216,8 +216,9 @@ def _fault(number: int, entry: object) -> Fault:
         if fields.get("phase") is not None
         else None
     )
+    args = _arguments(fields.get("args"), kind, target)
     if kind is FaultInjection.PARTITION:
-        _check_partition(target, fields)
+        _check_partition(target, fields, args)
     return Fault(
         id=number,
         at_step=at_step,
@@ -226,18 +227,18 @@ def _fault(number: int, entry: object) -> Fault:
         target=target,
         kind=kind,
         heal_at_step=_whole(fields, "heal_at_step"),
-        args=_arguments(fields.get("args")),
+        args=args,
     )
 
 
-def _check_partition(target: Target, fields: Mapping[str, Any]) -> None:
+def _check_partition(
+    target: Target, fields: Mapping[str, Any], args: Collection[tuple[str, int | float]]
+) -> None:
     if not isinstance(target, NodeTarget):
         raise FaultsError("target: a partition cuts off a node; write {node: 1}")
     if fields.get("phase") is not None:
         raise FaultsError("phase: a node is cut off between steps; leave it out")
-    arguments = fields.get("args")
-    seconds = isinstance(arguments, dict) and arguments.get("seconds") is not None
-    if fields.get("heal_at_step") == 0 or (seconds and fields.get("heal_at_step") is not None):
+    if fields.get("heal_at_step") == 0 or (args and fields.get("heal_at_step") is not None):
         raise FaultsError(
             "heal_at_step: a partition lasts until the others have committed this step, which is "
             "after at_step, or for args.seconds, or without both for the rest of the run"
@@ -293,27 +294,51 @@ def _seconds(fields: Mapping[str, Any]) -> float | None:
     value = fields.get("at_seconds")
     if value is None:
         return None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
     # The comparison also refuses nan.
-    if not number or not 0 <= value < float("inf"):
+    if not _is_number(value) or not 0 <= value < float("inf"):
         raise FaultsError(f"at_seconds: {value!r} given; must be a number of seconds from 0")
     return float(value)
 
 
-def _arguments(value: object) -> tuple[tuple[str, Scalar], ...]:
+def _arguments(
+    value: object, kind: FaultInjection, target: Target
+) -> tuple[tuple[str, int | float], ...]:
     if value is None:
         return ()
     if not isinstance(value, dict):
         raise FaultsError(f"args: {value!r} given; write name: value pairs")
+    allowed = _argument_of(kind, target)
     for name, argument in value.items():
-        # JSON has no infinity and no nan.
-        infinite = isinstance(argument, float) and not math.isfinite(argument)
-        if not isinstance(name, str) or not isinstance(argument, Scalar) or infinite:
-            raise FaultsError(
-                f"args.{name}: {argument!r} given; must be a string, a finite number, true, false"
-                " or null"
-            )
+        if name != allowed:
+            what = f"{kind} of the {target}" if isinstance(target, ComponentTarget) else kind
+            remedy = "leave args out" if allowed is None else f"allowed: {allowed}"
+            raise FaultsError(f"args.{name}: {what} has no such argument; {remedy}")
+        if name == "seconds" and not (_is_number(argument) and 0 < argument < float("inf")):
+            raise FaultsError(f"args.seconds: {argument!r} given; must be a number above 0")
+        # Status 0 says that nothing is wrong, and the system keeps a byte.
+        if name == "code" and not (_is_number(argument) and argument in range(1, 256)):
+            raise FaultsError(f"args.code: {argument!r} given; must be a whole number in 1..255")
     return tuple(sorted(value.items()))
+
+
+def _argument_of(kind: FaultInjection, target: Target) -> str | None:
+    """The name of the one argument that such a fault may have; None: it has none."""
+    match kind, target:
+        case FaultInjection.SLOW | FaultInjection.PARTITION, _:
+            return "seconds"
+        case FaultInjection.EXIT, _:
+            return "code"
+        case FaultInjection.SIGSTOP, ComponentTarget():
+            return "seconds"
+        case FaultInjection.SIGKILL, ComponentTarget(Component.STORE):
+            return "seconds"
+        case _:
+            return None
+
+
+def _is_number(value: object) -> bool:
+    # YAML's true is an int to Python, but not to whoever wrote it.
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _mapping(value: object, where: str, allowed: tuple[str, ...]) -> dict[str, Any]:

@@ -69,6 +69,11 @@ class Keeper:
                 log.write(f"{time.strftime('%H:%M:%S')} {self.part.name} was killed by {name}\n")
             await asyncio.sleep(RESTART_SECONDS)
 
+    @property
+    def is_up(self) -> bool:
+        """Whether its process runs, or is stopped."""
+        return self._process is not None and self._process.returncode is None
+
     def hold_down(self) -> None:
         """Do not start it again until it is let up."""
         self._up.clear()
@@ -84,7 +89,7 @@ class Keeper:
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it runs."""
-        if self._process is not None and self._process.returncode is None:
+        if self._process is not None and self.is_up:
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, number)
 

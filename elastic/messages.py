@@ -104,13 +104,18 @@ class Ready(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Quiesced(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Worker: stopped for `generation`; `standing` is None where it holds no state."""
+    """Worker: stopped for `generation`; `standing` is None where it holds no state.
+
+    `replica_groups_intact`: it severed none of the groups inside its replica; `unbroken`: none at
+    all, of those that it had.
+    """
 
     generation: int
     member: Member
     standing: Standing | None
     replica_groups_intact: bool
     at: float
+    unbroken: bool = False
 
 
 class PhaseDone(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -211,7 +216,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class ComponentFault(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Launcher: an injected fault strikes a part of the runtime. Key ``events/fault<number>``.
 
-    `node` is that of an agent; None for a controller and the store.
+    `node` is that of an agent, and `life` the number of the agent that it has then; None for a
+    controller and the store. A later life of the node has nothing to do with the fault.
     """
 
     fault: int
@@ -219,6 +225,7 @@ class ComponentFault(msgspec.Struct, frozen=True, tag=True, array_like=True):
     node: int | None
     step: int
     at: float
+    life: int | None = None
 
 
 class NodeAlive(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -25,13 +25,10 @@ from elastic.faults import Fault, FaultInjection, without_struck
 from elastic.health_config import HealthConfig
 from elastic.messages import AgentMessage, Beat, Failed, FaultFired, Ready, Struck, WorkerMessage
 from elastic.spawn import Child, Spawner
-from elastic.topology import DeviceId, Member
+from elastic.topology import INCARNATIONS_PER_LIFE, DeviceId, Member
 from health.classify import Signal, classify
 from health.liveness import Liveness
 from health.probes.process import error_file, is_stopped, read_exit
-
-INCARNATIONS_PER_LIFE = 1_000_000
-"""Each life of an agent numbers its processes in a range of its own, so no number is used twice."""
 
 
 @dataclass(frozen=True, slots=True)

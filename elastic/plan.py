@@ -71,8 +71,10 @@ class Plan:
     is samples per replica, in the layout's order. `resume_step` is the first step of the
     generation; survivors that have not committed the step before it apply that with `apply_vote`.
     `redone`: work on `resume_step` had begun and is dropped, but for what `salvage` keeps of it
-    (None: nothing). `rendezvous` is host:port of the store to meet in. `throughput` is relative to
-    full strength; `alternatives` are what was considered beside this.
+    (None: nothing). `unbroken`: all workers of the generation before stopped between two steps and
+    have all of their communicators, so those that only lose members may shrink; as all ranks must
+    do the same there, the plan says so. `rendezvous` is host:port of the store to meet in.
+    `throughput` is relative to full strength; `alternatives` are what was considered beside this.
     """
 
     generation: int
@@ -97,6 +99,7 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     reason: str
     salvage: Salvage | None = None
+    unbroken: bool = False
 
     def __post_init__(self) -> None:
         # A job may have a hundred thousand places, so the loops over them are left to C.
@@ -134,6 +137,10 @@ class Plan:
             or (
                 self.salvage.is_whole(sum(self.batch_split))
                 and len(self.salvage.shares) == len(replicas)
+            ),
+            "groups are unbroken only where there were some, and no step was interrupted": not (
+                self.unbroken
+                and (self.source_layout is None or self.redone or self.apply_vote is not None)
             ),
             "replicas keep gradients of earlier generations": self.salvage is None
             or all(

@@ -67,6 +67,7 @@ class PlanChange(msgspec.Struct, frozen=True, tag=True, array_like=True):
     alternatives: tuple[Alternative, ...]
     reason: str
     salvage: SalvageChange | None
+    unbroken: bool
 
 
 def difference(base: Plan, plan: Plan) -> PlanChange | None:
@@ -102,6 +103,7 @@ def difference(base: Plan, plan: Plan) -> PlanChange | None:
         alternatives=plan.alternatives,
         reason=plan.reason,
         salvage=_salvage_change(base, plan),
+        unbroken=plan.unbroken,
     )
 
 
@@ -140,6 +142,7 @@ def changed(base: Plan, change: PlanChange) -> Plan:
         alternatives=change.alternatives,
         reason=change.reason,
         salvage=_salvage(base, change, numbers),
+        unbroken=change.unbroken,
     )
     if plan.digest != change.digest:
         raise ValueError(

@@ -215,6 +215,7 @@ def _plan(
         alternatives=choice.alternatives,
         reason=f"{words}; {resumption}; {division}",
         salvage=kept,
+        unbroken=_is_unbroken(situation, state),
     )
 
 
@@ -278,6 +279,22 @@ def _changes(
         tuple(member for _, member in sorted(new) if member not in holding),
         tuple(each for each in left if each.member not in placed),
         tuple(each for each in left if each.member in placed),
+    )
+
+
+def _is_unbroken(situation: Situation, state: State) -> bool:
+    """Whether all workers of the plan before stopped between two steps, with all of their groups.
+
+    An urgent announcement severs groups before it is answered, so nobody says so after one.
+    """
+    resume = state.resume
+    return (
+        state.source is not None
+        and state.source is situation.previous
+        and not state.lost
+        and not resume.redone
+        and resume.vote is None
+        and all(map(attrgetter("unbroken"), situation.answers.values()))
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from elastic.messages import (
     Adopt,
     AgentRecord,
+    ComponentFault,
     Failed,
     Leave,
     NodeAlive,
@@ -40,9 +41,9 @@ class Recorded:
     newest one, also if a plan did, and `heard` the nodes whose agents said that they heard it.
     `outdated` are the plans older than the last one that was written whole, which nobody needs.
     `nodes` are the agents that live, but those that were told that they may leave, which are
-    `dismissed`, by node and life. `failures` are all that were reported, oldest first. `committed`
-    is the last step that each worker is known to have committed. `wish`: somebody wants the job to
-    end.
+    `dismissed`, by node and life. `failures` are all that were reported, oldest first, and
+    `component_faults` those that were injected into the runtime itself. `committed` is the last
+    step that each worker is known to have committed. `wish`: somebody wants the job to end.
     """
 
     plans: Mapping[int, Plan]
@@ -55,6 +56,7 @@ class Recorded:
     statuses: Mapping[Member, WorkerStatus]
     committed: Mapping[Member, int]
     failures: tuple[Failed, ...]
+    component_faults: tuple[ComponentFault, ...]
     stop: Stop | None
     wish: StopWish | None
 
@@ -65,7 +67,9 @@ class Recorded:
         return self.announced.generation if self.announced is not None else planned
 
 
-NOTHING_RECORDED = Recorded({}, (), None, (), frozenset(), (), frozenset(), {}, {}, (), None, None)
+NOTHING_RECORDED = Recorded(
+    {}, (), None, (), frozenset(), (), frozenset(), {}, {}, (), (), None, None
+)
 """A job that has not begun."""
 
 
@@ -83,6 +87,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
     dismissed: set[tuple[int, int]] = set()
     statuses: dict[Member, WorkerStatus] = {}
     failures: list[Failed] = []
+    component_faults: list[ComponentFault] = []
     stop: Stop | None = None
     wish: StopWish | None = None
     for message in messages:
@@ -105,6 +110,8 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
                 statuses |= {status.member: status for status in message.statuses}
             case Failed():
                 failures.append(message)
+            case ComponentFault():
+                component_faults.append(message)
             case Stop():
                 stop = message
             case StopWish():
@@ -133,6 +140,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
         statuses=statuses,
         committed=_committed(statuses, reports),
         failures=tuple(sorted(failures, key=lambda failed: failed.failure.at)),
+        component_faults=tuple(sorted(component_faults, key=lambda fault: fault.at)),
         stop=stop,
         wish=wish,
     )

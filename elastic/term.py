@@ -207,11 +207,15 @@ class Term:
     async def _feed(self, changes: AsyncIterator[Change]) -> None:
         async for change in changes:
             event: object = None
+            # What is older was over, or is among the agents, when the term began.
+            is_new = change.revision > self._begins_at
             if change.value is not None:
                 event = decode(self._job, change.key, change.value)
             elif (node := node_of_agent(self._job, change.key)) is not None:
                 event = NodeLost(node, "its agent's lease ended")
-            if isinstance(event, AgentRecord):
+                if is_new:
+                    self._release_lifeline(node)
+            if isinstance(event, AgentRecord) and is_new:
                 self._hold_lifeline(event)
             if isinstance(event, StopWish):
                 event = StopRequested(event.reason, event.outcome)
@@ -227,6 +231,11 @@ class Term:
             lifeline.cancel()
         held = asyncio.create_task(self._until_gone(record))
         self._lifelines[record.node] = (record.life, held)
+
+    def _release_lifeline(self, node: int) -> None:
+        """The node's record is gone, because its lease ended or because this leader deleted it."""
+        if (held := self._lifelines.pop(node, None)) is not None:
+            held[1].cancel()
 
     async def _until_gone(self, record: AgentRecord) -> None:
         await until_nobody_listens(record.rendezvous)

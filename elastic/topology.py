@@ -10,7 +10,11 @@ from typing import NamedTuple
 from health.events import DeviceId
 from ntp.groups import Coordinate
 
-__all__ = ["Assignment", "Coordinate", "DeviceId", "Member"]
+__all__ = ["INCARNATIONS_PER_LIFE", "Assignment", "Coordinate", "DeviceId", "Member"]
+
+
+INCARNATIONS_PER_LIFE = 1_000_000
+"""Each life of an agent numbers its processes in a range of its own, so no number is used twice."""
 
 
 class Member(NamedTuple):
@@ -18,6 +22,11 @@ class Member(NamedTuple):
 
     device: DeviceId
     incarnation: int
+
+    @property
+    def life(self) -> int:
+        """The life of its node's agent that started it, from 1."""
+        return (self.incarnation - 1) // INCARNATIONS_PER_LIFE + 1
 
     def __str__(self) -> str:
         return f"{self.device}#{self.incarnation}"

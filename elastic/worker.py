@@ -242,6 +242,7 @@ class Worker:
                 plan.generation,
                 store,
                 frozenset(kept),
+                unbroken=plan.unbroken,
             )
         finally:
             self._rendezvous = None
@@ -325,8 +326,11 @@ class Worker:
             )
         groups = replica_groups(self.plan, self.member) if self.plan else {}
         intact = bool(groups) and all(self.groups.intact(*group) for group in groups.items())
-        now = time.time()
-        self._link.send(Quiesced(quiesce.generation, self.member, held, intact, now))
+        self._link.send(
+            Quiesced(
+                quiesce.generation, self.member, held, intact, time.time(), self.groups.unbroken
+            )
+        )
 
     def _hear(self, message: AgentMessage) -> None:
         """In the link's thread: end what cannot complete any more."""

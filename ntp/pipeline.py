@@ -1,17 +1,11 @@
 """Forward and backward of a step's microbatches through the pipeline stages of one replica.
 
 The schedules are megatron-core's: one-forward-one-backward, and the interleaved one where a stage
-has several chunks. They talk through a `P2PCommunicator`; `PipelineLink` is one on a stable group,
-so that stages keep talking across recoveries that leave their replica whole. It does not wait for
-what it sent, as gloo may not notice a receiver that is lost in the middle of it (see
-`ntp.marked_exchange`); in the next step, whose beginning proves that all was received, it does.
-Until then a stage must not let go of its ForwardBackward: that would take back what it sent.
-
-Known wrong case, guarded here. With two stages the next stage is also the previous one, and
-megatron-core's batched exchange posts the messages of both in one order on both sides: activations
-meet gradients, silently (two stages, two chunks, no overlap). `PipelineLink` gives each direction
-a tag of its own, and makes the exchange of activations before that of gradients, for backends that
-match by order. Its messages carry a header with their shape only while microbatches differ in size.
+has several chunks. They talk through `ntp.pipeline_link`, on a stable group, so that stages keep
+talking across recoveries that leave their replica whole. What a stage sent it waits for in the next
+step, whose beginning proves that all was received. Until then a stage must not let go of its
+ForwardBackward: that would take back what it sent. Messages carry a header with their shape only
+while microbatches differ in size.
 
 The sequence is padded to a multiple of the degree where it is cut (sequence parallelism). Padding
 comes last and attention is causal, so no token sees it; its losses are dropped, so it has no
@@ -31,9 +25,8 @@ from torch import Tensor, nn
 
 from ntp.exchange import Message
 from ntp.marked_exchange import MarkedExchange
+from ntp.pipeline_link import Neighbours, pipeline_link_class
 
-FORWARD_TAG = 8
-BACKWARD_TAG = 9
 TIED_TAG = 10
 
 
@@ -143,7 +136,8 @@ class ForwardBackward:
         config: Any = self._chunks[0].config
         chunks, stages, count = len(self._chunks), pipeline.size(), len(sizes)
         same_size = len(set(sizes)) == 1
-        link = _pipeline_link_class()(pipeline, config, chunks, not same_size, self._sent)
+        neighbours = Neighbours(pipeline, config.pipeline_dtype, not same_size, self._sent)
+        link = pipeline_link_class()(neighbours, config, chunks)
         alone = dist.ProcessGroup(0, 1)  # type: ignore[call-arg]
         arguments: dict[str, Any] = {
             "forward_step_func": self._forward_step,
@@ -179,86 +173,3 @@ class ForwardBackward:
             return total, torch.tensor(losses.numel(), dtype=torch.int), total.detach()
 
         return self._forward(model, batch), sum_losses
-
-
-def _pipeline_link_class() -> Any:
-    """megatron-core's P2PCommunicator on a stable group; made on call, as its import is slow."""
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-    class PipelineLink(P2PCommunicator):  # type: ignore[misc]
-        """Exchanges activations and gradients with the neighbouring stages."""
-
-        def __init__(
-            self,
-            pp_group: dist.ProcessGroup,
-            config: Any,
-            chunks: int,
-            carries_shapes: bool,
-            sent: list[MarkedExchange],
-        ) -> None:
-            # Not the parent's: that looks the group up in torch's registry.
-            self.pp_group = pp_group
-            self.config = config
-            self.virtual_pipeline_model_parallel_size = chunks if chunks > 1 else None
-            self.next_rank = (pp_group.rank() + 1) % pp_group.size()
-            self.prev_rank = (pp_group.rank() - 1) % pp_group.size()
-            self._carries_shapes = carries_shapes
-            self._sent = sent
-
-        def _communicate(
-            self,
-            *,
-            tensor_send_next: Tensor | None,
-            tensor_send_prev: Tensor | None,
-            recv_prev: bool,
-            recv_next: bool,
-            tensor_shape: Sequence[int],
-            wait_on_reqs: bool = True,
-        ) -> tuple[Tensor | None, Tensor | None, None]:
-            """Tensors received from the previous and from the next stage, where asked for."""
-            assert wait_on_reqs, "the schedules are configured not to overlap their exchanges"
-            shapes = [tensor_shape, tensor_shape]
-            device = torch.cuda.current_device()
-            if self._carries_shapes:
-                headers = [
-                    None if tensor is None else torch.tensor(tensor.shape, device=device)
-                    for tensor in (tensor_send_next, tensor_send_prev)
-                ]
-                empty = [torch.empty(3, dtype=torch.long, device=device) for _ in range(2)]
-                self._swap(
-                    headers, [empty[0] if recv_prev else None, empty[1] if recv_next else None]
-                )
-                shapes = [header.tolist() for header in empty]
-            received = [
-                torch.empty(
-                    tuple(shape),
-                    requires_grad=True,
-                    device=device,
-                    dtype=self.config.pipeline_dtype,
-                )
-                if wanted
-                else None
-                for shape, wanted in zip(shapes, (recv_prev, recv_next), strict=True)
-            ]
-            self._swap([tensor_send_next, tensor_send_prev], received)
-            return received[0], received[1], None
-
-        def _swap(self, sends: list[Tensor | None], receives: list[Tensor | None]) -> None:
-            """Send to (next, previous) while receiving from (previous, next)."""
-            to, source = (self.next_rank, self.prev_rank), (self.prev_rank, self.next_rank)
-            under_way = [
-                MarkedExchange(
-                    self.pp_group,
-                    [] if sent is None else [Message(to[way], sent.detach().contiguous())],
-                    [] if room is None else [Message(source[way], room.detach())],
-                    tag,
-                )
-                for way, (tag, sent, room) in enumerate(
-                    zip((FORWARD_TAG, BACKWARD_TAG), sends, receives, strict=True)
-                )
-            ]
-            for exchange in under_way:
-                exchange.receive()
-            self._sent += under_way
-
-    return PipelineLink

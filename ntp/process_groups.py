@@ -65,6 +65,11 @@ class ProcessGroups:
         live = self._live.get(key)
         return live is not None and not live.severed and live.members == members
 
+    @property
+    def unbroken(self) -> bool:
+        """Whether there are communicators, and none of them was severed."""
+        return bool(self._live) and not any(live.severed for live in self._live.values())
+
     def sever(self, *, keep: frozenset[GroupKey] = frozenset()) -> None:
         """End every operation on the groups not in `keep`. May be called from any thread."""
         for key, communicator in list(self._live.items()):
@@ -79,13 +84,16 @@ class ProcessGroups:
         generation: int,
         store: dist.Store,
         kept: frozenset[GroupKey],
+        *,
+        unbroken: bool = False,
     ) -> None:
         """Serve `specs` from now on; communicators in `kept` go on, all others are made anew.
 
         `members` names the worker behind each rank; `specs` is the same sequence on all ranks, and
-        ranks build their groups in its order. Where only members left, and the backend can, a group
-        is shrunk. Raises RuntimeError when a peer does not appear
-        within the build timeout, and GroupSevered when a kept communicator broke meanwhile.
+        ranks build their groups in its order. `unbroken`, also the same: all ranks had all of their
+        communicators when they stopped. Then groups that only lost members are shrunk, where the
+        backend can. Raises RuntimeError when a peer does not appear within the build timeout, and
+        GroupSevered when a communicator that is to be kept or shrunk broke meanwhile.
         """
         mine = [spec for spec in specs if rank in spec.ranks]
         wanted = {
@@ -94,7 +102,7 @@ class ProcessGroups:
         shrinks = {
             key
             for key, live in self._live.items()
-            if key not in kept and live.can_shrink_to(wanted.get(key, ()))
+            if unbroken and key not in kept and live.can_shrink_to(wanted.get(key, ()))
         }
         for key in self._live.keys() - kept - shrinks:
             self._live.pop(key).close()

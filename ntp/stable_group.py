@@ -9,7 +9,8 @@ How a blocked collective is ended depends on the backend. Gloo's own ``abort`` d
 operations, but shutting its connections down does, within milliseconds and on both ends; so a
 communicator holds duplicates of the descriptors of its sockets, and ``sever`` shuts those down.
 Duplicates, so that a descriptor number which gloo closed and the kernel reused is never hit. NCCL
-communicators are aborted; one that nobody had to abort may be shrunk to some of its members.
+communicators are aborted; one that nobody had to abort may be shrunk to some of its members, by all
+of these together: one that connected anew instead would wait for the others in vain.
 
 Small all-reduces over gloo do not use gloo's ring, whose 2(n-1) dependent rounds cost milliseconds
 each on a busy host: the first rank adds what the others send it, in rank order, and returns the
@@ -72,13 +73,21 @@ class Communicator:
                 continue
 
     def can_shrink_to(self, members: tuple[str, ...]) -> bool:
-        """Whether the backend can make a communicator of `members` out of this one."""
+        """Whether the backend makes communicators of `members` out of such ones as this.
+
+        All members say the same, whatever happened to their ends of it.
+        """
         stay = tuple(member for member in self.members if member in members)
         fewer = 0 < len(members) < len(self.members) and stay == members
-        return fewer and not self.severed and getattr(self.group, "supports_shrinking", False)
+        return fewer and bool(getattr(self.group, "supports_shrinking", False))
 
     def shrunk_to(self, members: tuple[str, ...]) -> Communicator:
-        """The communicator of `members`, all of whom call this; this one is closed."""
+        """The communicator of `members`, all of whom call this; this one is closed.
+
+        Raises GroupSevered where this end was severed, and RuntimeError when a peer is gone.
+        """
+        if self.severed:
+            raise GroupSevered("the plan shrinks a group that broke meanwhile")
         leave = [rank for rank, member in enumerate(self.members) if member not in members]
         try:
             smaller = self.group.shrink(leave, distributed_c10d.SHRINK_DEFAULT, None)

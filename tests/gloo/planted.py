@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import ntp.bucket_sync
 import ntp.layers
-import ntp.pipeline
 import trainer.training
 from elastic.plan import Plan
 from ntp.atoms import Axis
@@ -28,6 +27,7 @@ from ntp.groups import Coordinate
 from ntp.local_shards import LocalShards, Placement
 from ntp.marked_exchange import MarkedExchange
 from ntp.pipeline import ForwardBackward, MicroBatch
+from ntp.pipeline_link import Neighbours, Pair
 from trainer.shard_state import ShardState, initialize
 from trainer.training import Generation, Training
 
@@ -225,27 +225,20 @@ def buckets_out_of_order() -> None:
 def pipeline_directions_mixed() -> None:
     """Both directions share a tag and are posted previous stage first, as megatron-core batches."""
 
-    def link_class() -> Any:
-        link = original()
+    def swap(self: Neighbours, sends: Pair, receives: Pair) -> None:
+        pending = []
+        for rank, sent, received in (
+            (self.previous, sends[1], receives[0]),
+            (self.next, sends[0], receives[1]),
+        ):
+            if sent is not None:
+                pending.append(self.group.send([sent.detach().contiguous()], rank, 1))
+            if received is not None:
+                pending.append(self.group.recv([received.detach()], rank, 1))
+        for work in pending:
+            work.wait()
 
-        def swap(self: Any, sends: list[Tensor | None], receives: list[Tensor | None]) -> None:
-            pending = []
-            for rank, sent, received in (
-                (self.prev_rank, sends[1], receives[0]),
-                (self.next_rank, sends[0], receives[1]),
-            ):
-                if sent is not None:
-                    pending.append(self.pp_group.send([sent.detach().contiguous()], rank, 1))
-                if received is not None:
-                    pending.append(self.pp_group.recv([received.detach()], rank, 1))
-            for work in pending:
-                work.wait()
-
-        link._swap = swap
-        return link
-
-    original = ntp.pipeline._pipeline_link_class
-    ntp.pipeline._pipeline_link_class = link_class
+    Neighbours._swap = swap  # type: ignore[method-assign]
 
 
 def tied_gradients_apart() -> None:

@@ -35,7 +35,7 @@ from elastic.messages import (
 )
 from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.store import AlreadyExists, LeaseLost
-from elastic.topology import DeviceId, Member
+from elastic.topology import INCARNATIONS_PER_LIFE, DeviceId, Member
 from elastic.worker_status import Word, fresh_status, is_awaited, summed_up
 from health.classify import ProcessExited, Signal, StoppedAnswering, classify
 
@@ -49,8 +49,6 @@ LEASE_SECONDS = 3.0
 DRAIN_SECONDS = 20.0
 """How long an agent that is to leave waits for the others."""
 REPORT_SECONDS = 2.0
-INCARNATIONS_PER_LIFE = 1_000_000
-"""As in `elastic.node_workers`, whose numbers tell the life of a worker's agent."""
 
 
 class SimAgent:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Generator, Mapping
+from typing import Any
 
-from links import Comm
+from links import Broken, Comm
+from sim_process import Wait
 
 from elastic.plan import Plan
 from elastic.topology import Assignment, Member
 from ntp.groups import GroupAxis
 
 GroupKey = tuple[GroupAxis, tuple[int, ...]]
+
+BUILD_SECONDS = 3.0
+"""How long a worker waits for the others of a group."""
 
 
 class Groups:
@@ -19,6 +24,7 @@ class Groups:
     def __init__(self, member: Member) -> None:
         self.comms: dict[GroupKey, Comm] = {}
         self._member = member
+        self._building: Comm | None = None
 
     @property
     def world(self) -> Comm:
@@ -37,10 +43,71 @@ class Groups:
     def replica_is_intact(self, plan: Plan | None) -> bool:
         """Whether this member has the groups of its replica, as it sees them."""
         groups = replica_groups(plan, self._member)
-        return bool(groups) and all(
-            (live := self.comms.get(key)) is not None and live.intact(self._member, names)
-            for key, names in groups.items()
+        return bool(groups) and not self.broken(groups)
+
+    @property
+    def unbroken(self) -> bool:
+        """Whether this member has communicators, and severed none of them."""
+        return bool(self.comms) and not self.broken(
+            {key: comm.members for key, comm in self.comms.items()}
         )
+
+    def broken(self, groups: Mapping[GroupKey, tuple[Member, ...]]) -> set[GroupKey]:
+        """Those that this member does not have, or severed."""
+        return {
+            key
+            for key, names in groups.items()
+            if (live := self.comms.get(key)) is None or not live.intact(self._member, names)
+        }
+
+    def shrinking(
+        self, plan: Plan, wanted: Mapping[GroupKey, tuple[Member, ...]]
+    ) -> dict[GroupKey, tuple[Member, ...]]:
+        """The members, up to now, of the groups that only lose some; none if any group broke."""
+        return self.smaller(wanted) if plan.unbroken else {}
+
+    def smaller(
+        self, wanted: Mapping[GroupKey, tuple[Member, ...]]
+    ) -> dict[GroupKey, tuple[Member, ...]]:
+        """The members, up to now, of the groups that only lose some."""
+        return {
+            key: live.members
+            for key, live in self.comms.items()
+            if (names := wanted.get(key)) is not None
+            and len(names) < len(live.members)
+            and tuple(member for member in live.members if member in names) == names
+        }
+
+    def adopt(
+        self,
+        plan: Plan,
+        wanted: Mapping[GroupKey, tuple[Member, ...]],
+        kept: Collection[GroupKey],
+        communicator: Callable[..., Comm],
+    ) -> Generator[Wait, Any, None]:
+        """Have the groups that are wanted; `communicator` is `World.communicator`."""
+        shrunk = self.shrinking(plan, wanted)
+        held = {key: wanted[key] for key in kept} | shrunk
+        self.close(held)
+        for key, names in wanted.items():
+            if key in held and self.broken({key: held[key]}):
+                raise Broken(f"{key} was to go on, but was severed meanwhile")
+            if key in kept:
+                continue
+            self._building = communicator(plan, key, names, shrunk=key in shrunk)
+            try:
+                made = yield self._building.build(self._member, BUILD_SECONDS)
+            finally:
+                self._building = None
+            if key in shrunk:
+                self.comms[key].sever(self._member)
+            self.comms[key] = made
+
+    def stop(self, keep: Collection[GroupKey]) -> None:
+        """End all but these on this member's side, and the wait for one that is being made."""
+        self.sever(keep)
+        if self._building is not None:
+            self._building.sever(self._member)
 
     def sever(self, keep: Collection[GroupKey] = ()) -> None:
         """End all but these on this member's side."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pieces
-from links import Broken, Comm, StepAborted
+from links import Broken, StepAborted
 from pieces import Values, mix
 from sim_gradient import Gradient
 from sim_groups import Groups, keepable, replica_groups
@@ -42,9 +42,6 @@ from ntp.groups import GroupAxis
 
 if TYPE_CHECKING:
     from world import World
-
-BUILD_SECONDS = 3.0
-"""How long a worker waits for the others of a group."""
 
 Thread = Generator[Wait, Any, None]
 
@@ -78,7 +75,6 @@ class SimWorker:
         self._in_model = False
         self._pending_gradient = Gradient()
         self.line = line
-        self._building: Comm | None = None
         self._thread = Task(self.process, self._life())
 
     def start(self) -> None:
@@ -100,9 +96,7 @@ class SimWorker:
         if isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
-                self.groups.sever(keepable(self.plan, self.member, message.lost))
-                if self._building is not None:
-                    self._building.sever(self.member)
+                self.groups.stop(keepable(self.plan, self.member, message.lost))
         if isinstance(message, Adopt | PlanChange):
             self._plans.take(message)
             plan = self._plans.newest()
@@ -246,21 +240,11 @@ class SimWorker:
             if self.place.replica in plan.kept_replicas
             else {}
         )
-        self.groups.close(kept)
-        for spec in self.world.groups_of(plan, rank):
-            key = (spec.axis, spec.index)
-            names = tuple(plan.participants[r].member for r in spec.ranks)
-            if key in kept:
-                live = self.groups.comms.get(key)
-                if live is None or not live.intact(self.member, names):
-                    self.clock.tell("%s finds its kept group %s severed", self.member, key)
-                    raise Broken(f"{key} was to be kept, but was severed meanwhile")
-                continue
-            self._building = self.world.communicator(plan, key, names)
-            try:
-                self.groups.comms[key] = yield self._building.build(self.member, BUILD_SECONDS)
-            finally:
-                self._building = None
+        wanted = {
+            (spec.axis, spec.index): tuple(plan.participants[r].member for r in spec.ranks)
+            for spec in self.world.groups_of(plan, rank)
+        }
+        yield from self.groups.adopt(plan, wanted, kept, self.world.communicator)
 
     def _reshard(self, plan: Plan) -> Thread:
         stage, slot = self.place.stage, self.slot
@@ -359,7 +343,9 @@ class SimWorker:
                 self.slot, self.session, self.layout_generation, self.pending_generation
             )
         intact = self.groups.replica_is_intact(self.plan)
-        self._send(Quiesced(quiesce.generation, self.member, held, intact, self.clock.now))
+        unbroken = self.groups.unbroken
+        now = self.clock.now
+        self._send(Quiesced(quiesce.generation, self.member, held, intact, now, unbroken))
 
     def _interrupted(self, error: Exception) -> None:
         self.groups.sever(keepable(self.plan, self.member) if self.may_keep() else frozenset())

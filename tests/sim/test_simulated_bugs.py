@@ -12,6 +12,7 @@ from clock import Violation
 from links import Broken
 from sim_agent import Life, SimAgent
 from sim_gradient import Gradient
+from sim_groups import GroupKey, Groups
 from sim_process import Wait
 from sim_store import SimStore
 from sim_worker import SimWorker
@@ -35,6 +36,8 @@ from ntp.geometry import SlotRef
 from ntp.reshard_plan import Move, ReshardPlan, plan_reshard
 
 SEEDS = 1000
+
+Members = Mapping[GroupKey, tuple[Member, ...]]
 
 
 def first_violation() -> list[str]:
@@ -358,3 +361,14 @@ def test_plans_deleted_without_a_whole_one_before_the_rest_are_found(
     monkeypatch.setattr("elastic.job.KEPT_PLANS", 1)
     monkeypatch.setattr(Job, "_forget_plans", forget)
     assert "is gone before" in first_violation()[0]
+
+
+def test_ranks_that_shrink_a_group_by_what_each_sees_of_it_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def by_own_end(groups: Groups, plan: Plan, wanted: Members) -> Members:
+        held = groups.smaller(wanted)
+        return {key: names for key, names in held.items() if not groups.broken({key: names})}
+
+    monkeypatch.setattr(Groups, "shrinking", by_own_end)
+    assert "and others make it anew" in first_violation()[0]

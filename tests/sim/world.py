@@ -76,6 +76,7 @@ class World:
         self.candidates = [Candidate(self, f"controller {n}") for n in ("A", "B", "C")]
         self.luck = Luck(self)
         self._communicators: dict[tuple[int, GroupKey], Comm] = {}
+        self._shrunk: dict[tuple[int, GroupKey], bool] = {}
         self._sync: dict[int, SyncPlan] = {}
         self._digests: dict[int, tuple[Plan, str]] = {}
         self._terms = 0
@@ -142,9 +143,13 @@ class World:
 
     # What workers meet in.
 
-    def communicator(self, plan: Plan, key: GroupKey, members: tuple[Member, ...]) -> Comm:
-        """The communicator that all members of a generation build together."""
+    def communicator(
+        self, plan: Plan, key: GroupKey, members: tuple[Member, ...], *, shrunk: bool
+    ) -> Comm:
+        """The communicator that all members of a generation build together, in the same way."""
         name = plan.generation, key
+        alike = self._shrunk.setdefault(name, shrunk) == shrunk
+        self.clock.check(alike, "some ranks shrink the group %s, and others make it anew", key)
         if name not in self._communicators:
             star = self.clock.rng.random() < 0.5
             self._communicators[name] = Comm(

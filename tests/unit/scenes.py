@@ -26,6 +26,7 @@ from elastic.keys import agent_key, key_of, plan_key
 from elastic.messages import (
     Adopt,
     AgentRecord,
+    ComponentFault,
     ConnectionLost,
     Failed,
     Fence,
@@ -190,7 +191,7 @@ class Stage:
                     self._statuses[note.member] = summed_up(known, note)
                 summed = NodeProgress(node, notes, tuple(self._statuses.values()))
                 self.stored[key_of("job", summed)] = summed
-            case AgentRecord() | NodeReport() | NodeAlive():
+            case AgentRecord() | NodeReport() | NodeAlive() | ComponentFault():
                 self.stored[key_of("job", event)] = event
             case NodeLost(node):
                 self.stored.pop(agent_key("job", node), None)

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from scenes import LIMITS, Stage, failure_of, job_shape, node_devices, step_done
 
+from elastic import term
 from elastic.controller import Controller
 from elastic.driver import Driver
 from elastic.effects import Finish
@@ -164,6 +166,55 @@ def test_a_leader_that_does_not_know_that_another_leads_leaves_the_files_alone(
     asyncio.run(main())
     failures = [entry for entry in journal(tmp_path) if entry["event"] == "failure"]
     assert [entry["member"] for entry in failures] == [str(member)]
+
+
+class Lifelines:
+    """Plays the connections to agents, and lists which are held and let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._happened: asyncio.Queue[str] = asyncio.Queue()
+        monkeypatch.setattr(term, "until_nobody_listens", self._hold)
+
+    async def _hold(self, address: str) -> None:
+        self._happened.put_nowait(f"hold {address}")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._happened.put_nowait(f"release {address}")
+
+    async def next(self) -> str:
+        return await asyncio.wait_for(self._happened.get(), PATIENCE_SECONDS)
+
+    def rest(self) -> list[str]:
+        return [self._happened.get_nowait() for _ in range(self._happened.qsize())]
+
+
+def test_a_lifeline_lasts_as_long_as_the_record_of_its_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives = [AgentRecord(0, life, (), (), f"node0:{life}") for life in (1, 2, 3)]
+
+    async def main() -> None:
+        store, lifelines = MemoryStore(), Lifelines(monkeypatch)
+        begun = await store.put(position_key("job"), b"0")
+        await store.put(position_key("job"), str(begun).encode())
+        key = key_of("job", lives[0])
+        # Changes that the term is told of although they lie behind it.
+        await store.put(key, encode(lives[0]))
+        await store.delete(key)
+        await store.put(key, encode(lives[1]))
+        candidate = Candidate(store, tmp_path)
+        leading = asyncio.create_task(candidate.driver.run())
+        assert await lifelines.next() == "hold node0:2"
+        await store.delete(key)
+        assert await lifelines.next() == "release node0:2"
+        await store.put(key, encode(lives[2]))
+        assert await lifelines.next() == "hold node0:3"
+        candidate.driver.stop("enough")
+        await asyncio.wait_for(leading, PATIENCE_SECONDS)
+        assert lifelines.rest() == ["release node0:3"]
+
+    asyncio.run(main())
 
 
 def test_a_run_whose_leader_was_lost_at_the_very_end_is_concluded_once(tmp_path: Path) -> None:

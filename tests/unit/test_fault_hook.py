@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from elastic.fault_hook import FaultHook, InjectedFault
+from elastic import fault_hook
+from elastic.fault_hook import SLOW_SECONDS, FaultHook, InjectedFault
 from elastic.faults import (
     RECOVERY_PHASES,
     Fault,
@@ -162,6 +163,19 @@ def test_a_process_says_that_it_ends_before_it_ends(
     with pytest.raises(Exited):
         hook(told, fault(**changes)).strike(HERE, 3, FaultPhase.VOTE, 100.0)
     assert told.seen == [(1, 3, FaultPhase.VOTE), done]
+
+
+@pytest.mark.parametrize(("args", "seconds"), [((), SLOW_SECONDS), ((("seconds", 0.25),), 0.25)])
+def test_a_slow_worker_is_held_up_for_its_seconds(
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[tuple[str, float], ...],
+    seconds: float,
+) -> None:
+    monkeypatch.setattr(fault_hook.time, "sleep", told.seen.append)
+    slow = fault(kind=FaultInjection.SLOW, args=args)
+    hook(told, slow).strike(HERE, 3, FaultPhase.VOTE, 100.0)
+    assert told.seen == [(1, 3, FaultPhase.VOTE), seconds]
 
 
 def test_the_first_of_several_faults_strikes_first(told: Told) -> None:

@@ -32,6 +32,7 @@ from elastic.store_config import StoreConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD = {"at_step": 3, "kind": "sigkill", "target": {"replica": 1, "slot": 2}}
+SLOW, EXIT = GOOD | {"kind": "slow"}, GOOD | {"kind": "exit"}
 CUT = {"at_step": 3, "kind": "partition", "target": {"node": 1}}
 Reader = Callable[[object], tuple[Fault, ...]]
 
@@ -71,11 +72,13 @@ def test_the_demo_file_reads_and_fits_its_configuration() -> None:
 
 def test_every_field_is_read(read: Reader) -> None:
     entries = [
-        GOOD | {"phase": "vote", "heal_at_step": 0, "args": {"b": 1.5, "a": None}},
+        GOOD | {"phase": "vote", "heal_at_step": 0, "kind": "slow", "args": {"seconds": 1.5}},
         {"at_seconds": 2, "kind": "exit", "target": {"node": 1}},
     ]
     first, second = read(entries)
-    assert first == fault(phase=FaultPhase.VOTE, heal_at_step=0, args=(("a", None), ("b", 1.5)))
+    assert first == fault(
+        phase=FaultPhase.VOTE, heal_at_step=0, kind=FaultInjection.SLOW, args=(("seconds", 1.5),)
+    )
     assert second == fault(
         id=2,
         at_step=None,
@@ -93,7 +96,7 @@ def test_an_empty_file_holds_no_faults(read: Reader) -> None:
     step=st.integers(0, 10**6),
     phase=st.none() | st.sampled_from(SUPPORTED_PHASES),
     kind=st.sampled_from(SUPPORTED_KINDS),
-    args=st.dictionaries(st.text(max_size=5), st.integers() | st.booleans(), max_size=3),
+    args=st.dictionaries(st.text(max_size=5), st.integers(), max_size=3),
 )
 def test_faults_encode_as_json(
     step: int, phase: FaultPhase | None, kind: FaultInjection, args: dict[str, int]
@@ -105,6 +108,31 @@ def test_faults_encode_as_json(
     assert decoded["kind"] == kind
     assert decoded["target"] == {"replica": 1, "slot": 2, "stage": 0}
     assert dict(decoded["args"]) == args
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        SLOW | {"args": {"seconds": 0.25}},
+        EXIT | {"args": {"code": 255}},
+        CUT | {"args": {"seconds": 5}},
+        GOOD | {"target": {"component": "store"}, "args": {"seconds": 3}},
+        GOOD | {"target": {"component": "store"}, "kind": "sigstop", "args": {"seconds": 3}},
+        GOOD | {"target": {"component": "controller"}, "kind": "sigstop", "args": {"seconds": 3}},
+        GOOD
+        | {
+            "target": {"component": "agent", "node": 0},
+            "kind": "sigstop",
+            "args": {"seconds": 0.5},
+        },
+    ],
+)
+def test_arguments_that_have_a_meaning_are_read(read: Reader, entry: dict[str, Any]) -> None:
+    (found,) = read([entry])
+    assert dict(found.args) == entry["args"]
+    for name, value in entry["args"].items():
+        assert found.argument(name) == value
+    assert found.argument("other") is None
 
 
 def without(name: str) -> dict[str, Any]:
@@ -150,9 +178,36 @@ def without(name: str) -> dict[str, Any]:
         (CUT | {"phase": "vote"}, "phase: a node is cut off between steps"),
         (CUT | {"heal_at_step": 0}, "heal_at_step: a partition lasts until"),
         (CUT | {"heal_at_step": 9, "args": {"seconds": 1}}, "heal_at_step: a partition lasts"),
-        (GOOD | {"args": {"x": [1]}}, "args.x: [1] given"),
-        (GOOD | {"args": {"x": float("inf")}}, "args.x: inf given"),
-        (GOOD | {"args": [1]}, "args: [1] given"),
+        (SLOW | {"args": [1]}, "args: [1] given; write name: value pairs"),
+        (
+            SLOW | {"args": {"second": 1}},
+            "args.second: slow has no such argument; allowed: seconds",
+        ),
+        (SLOW | {"args": {1: 1}}, "args.1: slow has no such argument; allowed: seconds"),
+        (EXIT | {"args": {"seconds": 1}}, "args.seconds: exit has no such argument; allowed: code"),
+        (GOOD | {"args": {"seconds": 1}}, "args.seconds: sigkill has no such argument; leave args"),
+        (GOOD | {"kind": "sigstop", "args": {"seconds": 1}}, "args.seconds: sigstop has no such"),
+        (GOOD | {"kind": "raise", "args": {"code": 1}}, "args.code: raise has no such argument"),
+        (
+            GOOD | {"target": {"component": "controller"}, "args": {"seconds": 1}},
+            "args.seconds: sigkill of the controller has no such argument; leave args out",
+        ),
+        (
+            GOOD | {"target": {"component": "agent", "node": 1}, "args": {"seconds": 1}},
+            "args.seconds: sigkill of the agent of node1 has no such argument; leave args out",
+        ),
+        (SLOW | {"args": {"seconds": 0}}, "args.seconds: 0 given; must be a number above 0"),
+        (CUT | {"args": {"seconds": -1.5}}, "args.seconds: -1.5 given; must be a number above 0"),
+        (SLOW | {"args": {"seconds": True}}, "args.seconds: True given"),
+        (SLOW | {"args": {"seconds": "1"}}, "args.seconds: '1' given"),
+        (SLOW | {"args": {"seconds": None}}, "args.seconds: None given"),
+        (SLOW | {"args": {"seconds": [1]}}, "args.seconds: [1] given"),
+        (SLOW | {"args": {"seconds": float("inf")}}, "args.seconds: inf given"),
+        (SLOW | {"args": {"seconds": float("nan")}}, "args.seconds: nan given"),
+        (EXIT | {"args": {"code": 0}}, "args.code: 0 given; must be a whole number in 1..255"),
+        (EXIT | {"args": {"code": 256}}, "args.code: 256 given"),
+        (EXIT | {"args": {"code": 1.5}}, "args.code: 1.5 given"),
+        (EXIT | {"args": {"code": True}}, "args.code: True given"),
         ("sigkill", "entry: 'sigkill' given"),
     ],
 )

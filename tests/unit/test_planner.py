@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from elastic.messages import Quiesced
 from elastic.pace import Pace
 from elastic.placement import Roster, seat
 from elastic.plan import Action, NoPlan, Plan, StateSource
+from elastic.plan_change import changed, difference
 from elastic.planner import JobShape, Situation, home_devices, plan_generation, split_batch
 from elastic.session import Session, standing
 from elastic.topology import Coordinate, DeviceId, Member
@@ -40,11 +42,12 @@ def answer(
     layout: int | None = None,
     pending: int = 0,
     intact: bool = True,
+    unbroken: bool = False,
 ) -> Quiesced:
     slot = next(a.coordinate.slot_ref for a in plan.placement if a.member == member)
     layout = plan.generation if layout is None else layout
     held = standing(slot, session, layout, pending)
-    return Quiesced(generation, member, held, intact, 0.0)
+    return Quiesced(generation, member, held, intact, 0.0, unbroken)
 
 
 def situation(
@@ -99,6 +102,55 @@ def test_a_lost_slot_is_taken_over_by_its_replica_and_the_other_keeps_its_group(
     assert {(m.source.replica, m.source.slot) for m in plan.reshard[0].moves} == {(1, 1)}
     assert (plan.resume_step, plan.redone, plan.apply_vote) == (3, True, None)
     assert "replica 0 slot 1 is vacant, replica 0 goes to TP1; step 3 is redone" in plan.reason
+
+
+UNBROKEN = dict.fromkeys(workers(), committed(3))
+AHEAD = {Coordinate(0, 0, 0): committed(4)}
+
+
+@pytest.mark.parametrize(
+    ("change", "unbroken"),
+    [
+        ({}, True),
+        # An urgent announcement, of which one has not heard.
+        ({"severed": set(UNBROKEN) - {Coordinate(1, 0, 1)}}, False),
+        # One that broke in a planned departure.
+        ({"severed": {Coordinate(1, 0, 1)}}, False),
+        ({"lost": Coordinate(0, 0, 1)}, False),
+        # A step was interrupted, or one holds a vote that others lack.
+        ({"sessions": UNBROKEN | {Coordinate(0, 0, 0): prepared(4)}}, False),
+        ({"sessions": dict.fromkeys(UNBROKEN, prepared(4)) | AHEAD}, False),
+        # One holds the state of a plan that none has run since.
+        ({"newer": True}, False),
+    ],
+)
+def test_groups_shrink_only_where_all_of_the_last_plan_say_that_all_of_theirs_work(
+    change: Mapping[str, Any], unbroken: bool
+) -> None:
+    first = first_plan()
+    severed, sessions = change.get("severed", ()), change.get("sessions", UNBROKEN)
+    answers = {
+        m: answer(first, m, sessions[place], unbroken=place not in severed)
+        for place, m in workers().items()
+        if place != change.get("lost")
+    }
+    history = [first, replace(first, generation=2)] if change.get("newer") else [first]
+    known = situation(without(), answers, *history)
+    plan = plan_generation(SHAPE, replace(known, leaving=frozenset({DeviceId(0, 1)})))
+    assert isinstance(plan, Plan) and plan.degrees() == ((1,), (2,))
+    assert plan.unbroken is unbroken
+    if not change:
+        told = difference(first, plan)
+        assert told is not None and changed(first, told).unbroken
+
+
+def test_a_plan_that_interrupted_a_step_cannot_call_groups_unbroken() -> None:
+    plan = next_plan(without((0, 1)), prepared(3))
+    assert isinstance(plan, Plan) and plan.redone
+    with pytest.raises(ValueError, match="groups are unbroken only where"):
+        replace(plan, unbroken=True)
+    with pytest.raises(ValueError, match="groups are unbroken only where"):
+        replace(first_plan(), unbroken=True)
 
 
 def test_a_group_that_a_member_calls_broken_is_not_kept() -> None:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from ntp import process_groups
 from ntp.groups import GroupAxis, GroupSpec
-from ntp.process_groups import Link, ProcessGroups
-from ntp.stable_group import Communicator
+from ntp.process_groups import Link, ProcessGroups, is_connection_error
+from ntp.stable_group import Communicator, GroupSevered
 
 LINK = Link("nccl", "127.0.0.1", 1.0, 1.0)
 
@@ -43,7 +43,7 @@ class Built:
         self.connected: list[tuple[str, ...]] = []
         self.groups = ProcessGroups(LINK)
         self._settings = settings
-        monkeypatch.setattr(process_groups, "_connect", self._connect)
+        self._monkeypatch = monkeypatch
 
     def _connect(
         self, link: Link, store: dist.Store, rank: int, members: tuple[str, ...]
@@ -52,11 +52,15 @@ class Built:
         backend = FakeNccl(len(members), **self._settings)
         return Communicator(backend, (), members, timedelta(seconds=1))
 
-    def adopt(self, generation: int, *members: str) -> FakeNccl:
+    def adopt(self, generation: int, *members: str, unbroken: bool = True) -> FakeNccl:
         """A world of `members`, seen from the last of them."""
         spec = GroupSpec(GroupAxis.WORLD, (), tuple(range(len(members))))
-        store = dist.HashStore()
-        self.groups.adopt([spec], members, len(members) - 1, generation, store, frozenset())
+        store, rank = dist.HashStore(), len(members) - 1
+        with self._monkeypatch.context() as patch:
+            patch.setattr(process_groups, "_connect", self._connect)
+            self.groups.adopt(
+                [spec], members, rank, generation, store, frozenset(), unbroken=unbroken
+            )
         backend = self.groups.world.inner
         assert isinstance(backend, FakeNccl) and backend.size == len(members)
         return backend
@@ -83,12 +87,44 @@ def test_other_members_or_another_order_need_a_new_group(
     assert built.connected == [("a", "b", "c"), members]
 
 
-def test_a_group_that_was_aborted_is_built_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("severed", [(), (0,), (1,), (0, 1)])
+def test_all_ranks_build_a_group_anew_where_the_plan_does_not_say_that_it_works(
+    monkeypatch: pytest.MonkeyPatch, severed: tuple[int, ...]
+) -> None:
+    """Two ranks, of which an urgent announcement may have reached one, both, or none."""
+    ranks = [Built(monkeypatch) for _ in range(2)]
+    for number, built in enumerate(ranks):
+        first = built.adopt(1, "a", "b", "c")
+        if number in severed:
+            built.groups.sever()
+        built.adopt(2, "a", "c", unbroken=False)
+        assert first.aborted and not first.excluded
+    assert [built.connected[1:] for built in ranks] == [[("a", "c")], [("a", "c")]]
+
+
+def test_a_rank_whose_group_broke_although_the_plan_shrinks_it_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    severed, intact = Built(monkeypatch), Built(monkeypatch)
+    first, other = (built.adopt(1, "a", "b", "c") for built in (severed, intact))
+    severed.groups.sever()
+    assert (severed.groups.unbroken, intact.groups.unbroken) == (False, True)
+    with pytest.raises(GroupSevered, match="broke meanwhile") as caught:
+        severed.adopt(2, "a", "c")
+    assert is_connection_error(caught.value) and not first.excluded
+    intact.adopt(2, "a", "c")
+    assert other.excluded == [1]
+    # Neither made a group anew, in which the other would not have been.
+    assert severed.connected == intact.connected == [("a", "b", "c")]
+
+
+def test_who_has_no_group_has_none_that_is_unbroken(monkeypatch: pytest.MonkeyPatch) -> None:
     built = Built(monkeypatch)
-    built.adopt(1, "a", "b", "c")
-    built.groups.sever()
-    built.adopt(2, "a", "c")
-    assert built.connected == [("a", "b", "c"), ("a", "c")]
+    assert not built.groups.unbroken
+    built.adopt(1, "a", "b")
+    assert built.groups.unbroken
+    built.groups.close()
+    assert not built.groups.unbroken
 
 
 def test_a_backend_that_cannot_shrink_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
