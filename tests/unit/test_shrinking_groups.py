@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from elastic.heart import Heart
+from elastic.messages import Quiesce, Quiesced
+from elastic.topology import DeviceId, Member
+from elastic.worker import Worker
 from ntp import process_groups
 from ntp.groups import GroupAxis, GroupSpec
 from ntp.process_groups import Link, ProcessGroups, is_connection_error
@@ -142,3 +148,28 @@ def test_a_shrink_that_fails_leaves_nothing_alive(monkeypatch: pytest.MonkeyPatc
     assert first.aborted
     built.adopt(3, "a", "c")
     assert built.connected == [("a", "b", "c"), ("a", "c")]
+
+
+class Wire:
+    """A link that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize(("urgent", "unbroken"), [(False, True), (True, False)])
+def test_a_worker_says_whether_it_stopped_with_all_of_its_groups(
+    monkeypatch: pytest.MonkeyPatch, urgent: bool, unbroken: bool
+) -> None:
+    built, wire = Built(monkeypatch), Wire()
+    built.adopt(1, "a", "b")
+    member, quiesce = Member(DeviceId(0, 0), 1), Quiesce(2, urgent, (), "")
+    heart = Heart(member, wire, 1.0)  # type: ignore[arg-type]
+    worker = Worker(member, wire, heart, built.groups, torch.device("cpu"))  # type: ignore[arg-type]
+    worker._hear(quiesce)
+    worker._answer(quiesce)
+    (answer,) = wire.sent
+    assert isinstance(answer, Quiesced) and answer.unbroken is unbroken
