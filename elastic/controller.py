@@ -108,10 +108,13 @@ class Controller:
             patience = self._job.patience(urgent=recorded.announced.urgent)
             awaited = self._job.involved() & members.alive()
             self._job.quiescence = Quiescence(awaited, now + patience)
+            if self._job.plans and not recorded.announced.sever_all:
+                self._job.watch_stalls(awaited)
             if recorded.announced.ask_agents:
                 self._job.ask_agents(now)
             for report in recorded.reports:
                 self._job.quiescence.take(report)
+                self._job.stalls.drop(report.node)
             for node in recorded.heard:
                 self._job.quiescence.hear(node)
             effects += self._job.plan_if_quiet(now)
@@ -119,6 +122,8 @@ class Controller:
             effects += self._job.plan_if_quiet(now)
         else:
             effects += self._go_on(now)
+        for node, stall in recorded.stalls.items():
+            self._job.stalls.take(node, stall)
         return effects + self._job.dismiss()
 
     def _go_on(self, now: float) -> list[Effect]:
@@ -216,6 +221,7 @@ class Controller:
 
     def _node_lost(self, event: NodeLost, now: float) -> list[Effect]:
         lost = self._job.members.remove_node(event.node)
+        self._job.stalls.drop(event.node)
         hit = bool(lost & self._job.involved()) and bool(self._job.plans)
         effects: list[Effect] = []
         fault = self._agent_faults.pop(event.node, None)
@@ -250,6 +256,7 @@ class Controller:
         if event.generation != self._job.generation:
             return []
         self._job.quiescence.take(event)
+        self._job.stalls.drop(event.node)
         return self._job.plan_if_quiet(now)
 
     def _node_progress(self, event: NodeProgress, now: float) -> list[Effect]:
@@ -271,6 +278,7 @@ class Controller:
                 case _:
                     # A late word of an earlier generation.
                     continue
+        job.stalls.take(event.node, event.stall)
         if job.adopting:
             effects += job.complete_if_done()
         if job.phase is Phase.RUNNING:
@@ -281,6 +289,7 @@ class Controller:
         effects = self._job.probation.release(now)
         if (suspicion := self._job.adoption.overdue(now)) is not None:
             return effects + self._job.announce(suspicion.cause, True, now, ask_agents=True)
+        effects += self._job.break_stall(now)
         if self._job.phase is Phase.RUNNING:
             effects += self._job.improve(now)
         return effects
@@ -290,8 +299,9 @@ class Controller:
         effects: list[Effect] = []
         for node in self._job.quiescence.silent(now):
             waited = limits.agent_timeout_seconds
-            evidence = f"its agent did not answer for {waited:g} s while peers lost connections"
+            evidence = f"its agent did not answer for {waited:g} s when all were asked"
             effects += [ForgetNode(node), *self._node_lost(NodeLost(node, evidence), now)]
+        effects = effects or self._job.break_stall(now)
         if effects:
             return effects
         if not self._job.quiescence.is_late(now):

@@ -7,6 +7,7 @@ controller's table.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import itemgetter
 
 from elastic.adoption import Adoption
@@ -29,6 +30,7 @@ from elastic.planner import (
 from elastic.probation import Probation
 from elastic.quiescence import Quiescence
 from elastic.recorded import Recorded
+from elastic.stalls import Stalls, nobody
 from elastic.topology import DeviceId, Member
 
 _There = tuple[int, frozenset[DeviceId]]
@@ -56,6 +58,7 @@ class Job:
         self.members = Membership(devices, home_devices(shape, devices))
         self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
+        self.stalls = nobody()
         self.pace = PaceLog(self.plans)
         self.probation = Probation(limits.quarantine)
         self._fruitless = 0
@@ -103,12 +106,31 @@ class Job:
         nodes = {member.device.node for member in self.quiescence.awaited}
         self.quiescence.expect_agents(nodes, now + self.limits.agent_timeout_seconds)
 
+    def watch_stalls(self, members: Iterable[Member]) -> None:
+        """All of `members` have the groups of the newest plan, and may come to wait in them."""
+        self.stalls = Stalls(max(self.plans), members)
+
+    def break_stall(self, now: float) -> list[Effect]:
+        """If everybody waits for everybody, announce a generation in which nobody does."""
+        cause = self.stalls.cause()
+        if cause is None:
+            return []
+        self.stalls = nobody()
+        return self.announce(cause, True, now, ask_agents=True, sever_all=True)
+
     def announce(
-        self, cause: str, urgent: bool, now: float, *, ask_agents: bool = False
+        self,
+        cause: str,
+        urgent: bool,
+        now: float,
+        *,
+        ask_agents: bool = False,
+        sever_all: bool = False,
     ) -> list[Effect]:
         """Begin the next generation: everybody placed and alive is to stop.
 
         `ask_agents`: nobody knows who is gone, so the agents are to say that they live.
+        `sever_all`: nor which group is at fault, so none is kept.
         """
         self.generation += 1
         if self.generation - 1 > self.limits.max_recoveries:
@@ -133,7 +155,7 @@ class Job:
             self.ask_agents(now)
         reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
         lost = tuple(sorted(involved - alive))
-        quiesce = Quiesce(self.generation, urgent, lost, reason, ask_agents)
+        quiesce = Quiesce(self.generation, urgent, lost, reason, ask_agents, sever_all)
         fields = {
             "generation": self.generation,
             "urgent": urgent,
@@ -160,6 +182,8 @@ class Job:
         self._placed, self._participants = _members(plan)
         self.phase = Phase.REBUILDING
         self.adoption = Adoption(self.generation, self.involved())
+        # While groups are built, that has its own limit, and not everybody has begun.
+        self.stalls = nobody()
         held = {m: each.standing.committed for m, each in answers.items() if each.standing}
         self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
         effects: list[Effect] = [Send(published)]
@@ -202,6 +226,8 @@ class Job:
         self.phase = self.adoption.phase
         fields = {"generation": note.generation, "phase": note.phase, "done_at": done_at}
         effects: list[Effect] = [Note("phase_done", fields)]
+        if note.phase is RecoveryPhase.REBUILD:
+            self.watch_stalls(self._placed)
         if self.phase is Phase.RUNNING:
             self._ran = note.generation
             effects.append(Note("running", {"generation": note.generation}))

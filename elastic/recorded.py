@@ -30,6 +30,7 @@ from elastic.messages import (
 from elastic.plan import Plan
 from elastic.plan_chain import rebuilt
 from elastic.topology import Member
+from health.liveness import Stalled
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,8 @@ class Recorded:
     and `heard` the nodes whose agents said that they heard it.
     `nodes` are the agents that live, but those that were told that they may leave, which are
     `dismissed`, by node and life. `failures` are all that were reported, oldest first. `committed`
-    is the last step that each worker is known to have committed. `wish`: somebody wants the job to
-    end.
+    is the last step that each worker is known to have committed. `stalls` is what each node says
+    of itself. `wish`: somebody wants the job to end.
     """
 
     plans: Mapping[int, Plan]
@@ -52,6 +53,7 @@ class Recorded:
     dismissed: frozenset[tuple[int, int]]
     statuses: Mapping[Member, WorkerStatus]
     committed: Mapping[Member, int]
+    stalls: Mapping[int, Stalled | None]
     failures: tuple[Failed, ...]
     stop: Stop | None
     wish: StopWish | None
@@ -63,7 +65,7 @@ class Recorded:
         return self.announced.generation if self.announced is not None else planned
 
 
-NOTHING_RECORDED = Recorded({}, None, (), frozenset(), (), frozenset(), {}, {}, (), None, None)
+NOTHING_RECORDED = Recorded({}, None, (), frozenset(), (), frozenset(), {}, {}, {}, (), None, None)
 """A job that has not begun."""
 
 
@@ -80,6 +82,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
     nodes: list[AgentRecord] = []
     dismissed: set[tuple[int, int]] = set()
     statuses: dict[Member, WorkerStatus] = {}
+    stalls: dict[int, Stalled | None] = {}
     failures: list[Failed] = []
     stop: Stop | None = None
     wish: StopWish | None = None
@@ -101,6 +104,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
                 dismissed.add((node, life))
             case NodeProgress():
                 statuses |= {status.member: status for status in message.statuses}
+                stalls[message.node] = message.stall
             case Failed():
                 failures.append(message)
             case Stop():
@@ -128,6 +132,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
         dismissed=frozenset(dismissed),
         statuses=statuses,
         committed=_committed(statuses, reports),
+        stalls=stalls,
         failures=tuple(sorted(failures, key=lambda failed: failed.failure.at)),
         stop=stop,
         wish=wish,

@@ -211,6 +211,26 @@ def connection_lost_with_culprit() -> Stage:
     return stage
 
 
+def stalled_collective() -> Stage:
+    stage = running()
+    stage.steps(3)
+    stage.now += 12
+    stage.stalled(0, 1, 11.0)
+    assert stage.wait(1) == []
+    stage.goes_on(0)
+    stage.stalled(1, 1, 12.0)
+    assert stage.wait(1) == []
+    stage.stalled(0, 1, 10.5)
+    stage.wait(0.1)
+    for node in (0, 1):
+        stage.node_alive(node)
+    stage.answers({member: committed(3) for member in stage.placed}, intact=False)
+    stage.phases()
+    assert (stage.plan.generation, stage.plan.action) == (2, Action.CONTINUE)
+    assert len(stage.placed) == 4 and stage.plan.kept_replicas == ()
+    return stage
+
+
 def worker_that_never_answers() -> Stage:
     stage = running()
     lost, silent = stage.member(0, 0), stage.member(1, 1)
@@ -499,6 +519,7 @@ SCENARIOS = (
     kill_while_rebuilding,
     connection_lost_without_culprit,
     connection_lost_with_culprit,
+    stalled_collective,
     worker_that_never_answers,
     spawn_timeout,
     replica_lost_and_back,
