@@ -314,6 +314,7 @@ class Worker:
             if self.session.point is StepPoint.PREPARED:
                 self.session = self.session.hold_vote(plan.apply_vote)
             self.commit(trainable, plan.apply_vote)
+            self._cold = True
         keeps = plan.kept_from(self.coordinate.replica) if has_state else 0
         assert keeps in (0, self.session.kept), f"kept {self.session.kept}, told to keep {keeps}"
         self.session = self.session.drop(salvaged=keeps > 0)

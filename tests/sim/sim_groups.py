@@ -14,10 +14,11 @@ GroupKey = tuple[GroupAxis, tuple[int, ...]]
 
 
 class Groups:
-    """The communicators that `member` has, by axis and index."""
+    """The communicators that `member` has, by axis and index, and the one that it builds."""
 
     def __init__(self, member: Member) -> None:
         self.comms: dict[GroupKey, Comm] = {}
+        self.building: Comm | None = None
         self._member = member
 
     @property
@@ -33,6 +34,14 @@ class Groups:
     def stage(self, stage: int) -> Comm:
         """Everybody in the stage."""
         return self.comms.get((GroupAxis.STAGE, (stage,)), self.world)
+
+    def waits_since(self) -> float | None:
+        """When the wait for others began that this member is in."""
+        for comm in (*self.comms.values(), self.building):
+            since = comm.waits_since(self._member) if comm is not None else None
+            if since is not None:
+                return since
+        return None
 
     def replica_is_intact(self, plan: Plan | None) -> bool:
         """Whether this member has the groups of its replica, as it sees them."""

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pieces
-from links import Broken, Comm, StepAborted
+from links import Broken, StepAborted
 from pieces import Values, mix
 from sim_gradient import Gradient
-from sim_groups import Groups, keepable, replica_groups
+from sim_groups import GroupKey, Groups, keepable, replica_groups
 from sim_process import Mailbox, Process, Task, Wait
 from sim_report import step_done
 
@@ -76,9 +76,9 @@ class SimWorker:
         self._plans = PlanChain()
         self._inbox = Mailbox()
         self._in_model = False
+        self.awaits_plan = self.cold = True
         self._pending_gradient = Gradient()
         self.line = line
-        self._building: Comm | None = None
         self._thread = Task(self.process, self._life())
 
     def start(self) -> None:
@@ -100,9 +100,13 @@ class SimWorker:
         if isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
-                self.groups.sever(keepable(self.plan, self.member, message.lost))
-                if self._building is not None:
-                    self._building.sever(self.member)
+                lost = message.lost
+                everything = frozenset[GroupKey]()
+                self.groups.sever(
+                    everything if message.sever_all else keepable(self.plan, self.member, lost)
+                )
+                if self.groups.building is not None:
+                    self.groups.building.sever(self.member)
         if isinstance(message, Adopt | PlanChange):
             self._plans.take(message)
             plan = self._plans.newest()
@@ -183,6 +187,7 @@ class SimWorker:
 
     def _await_plan(self) -> Generator[Wait, Any, Plan | None]:
         announced = self.generation
+        self.awaits_plan = self.cold = True
         while True:
             match (yield self._inbox.get):
                 case Quiesce() as quiesce:
@@ -213,7 +218,7 @@ class SimWorker:
             plan.generation >= self.answered,
             f"{self.member} acts on plan {plan.generation}, overtaken by {self.answered}",
         )
-        self.plan, self._in_model = plan, False
+        self.plan, self._in_model, self.awaits_plan = plan, False, False
         rank = [assignment.member for assignment in plan.participants].index(self.member)
         donates = rank >= len(plan.placement)
         yield self._sleep(0.1)
@@ -256,11 +261,12 @@ class SimWorker:
                     self.clock.tell("%s finds its kept group %s severed", self.member, key)
                     raise Broken(f"{key} was to be kept, but was severed meanwhile")
                 continue
-            self._building = self.world.communicator(plan, key, names)
+            self.groups.building = self.world.communicator(plan, key, names)
             try:
-                self.groups.comms[key] = yield self._building.build(self.member, BUILD_SECONDS)
+                live = yield self.groups.building.build(self.member, BUILD_SECONDS)
+                self.groups.comms[key] = live
             finally:
-                self._building = None
+                self.groups.building = None
 
     def _reshard(self, plan: Plan) -> Thread:
         stage, slot = self.place.stage, self.slot
@@ -320,6 +326,7 @@ class SimWorker:
                 f"{self.member} is to apply step {self.session.step}, but is {self.session.point}",
             )
             self._commit(plan.apply_vote)
+            self.cold = True
         kept = plan.kept_from(replica) if has_state else 0
         self.clock.check(
             kept in (0, self.session.kept), "%s is told to keep what it lacks", self.member
@@ -339,6 +346,7 @@ class SimWorker:
         for piece, value in self.values.items():
             self.values[piece] = mix(value, step, vote[0])
         self.session = self.session.commit()
+        self.cold = False
         self.oracle.committed(self)
         now = self.clock.now
         assert self.plan is not None
