@@ -109,12 +109,11 @@ class Controller:
             awaited = self._job.involved() & members.alive()
             self._job.quiescence = Quiescence(awaited, now + patience)
             if self._job.plans and not recorded.announced.sever_all:
-                self._job.watch_stalls(awaited)
+                self._job.watch_stalls()
             if recorded.announced.ask_agents:
                 self._job.ask_agents(now)
             for report in recorded.reports:
                 self._job.quiescence.take(report)
-                self._job.stalls.drop(report.node)
             for node in recorded.heard:
                 self._job.quiescence.hear(node)
             effects += self._job.plan_if_quiet(now)
@@ -221,7 +220,6 @@ class Controller:
 
     def _node_lost(self, event: NodeLost, now: float) -> list[Effect]:
         lost = self._job.members.remove_node(event.node)
-        self._job.stalls.drop(event.node)
         hit = bool(lost & self._job.involved()) and bool(self._job.plans)
         effects: list[Effect] = []
         fault = self._agent_faults.pop(event.node, None)
@@ -256,7 +254,6 @@ class Controller:
         if event.generation != self._job.generation:
             return []
         self._job.quiescence.take(event)
-        self._job.stalls.drop(event.node)
         return self._job.plan_if_quiet(now)
 
     def _node_progress(self, event: NodeProgress, now: float) -> list[Effect]:

@@ -7,7 +7,6 @@ controller's table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from operator import itemgetter
 
 from elastic.adoption import Adoption
@@ -30,7 +29,7 @@ from elastic.planner import (
 from elastic.probation import Probation
 from elastic.quiescence import Quiescence
 from elastic.recorded import Recorded
-from elastic.stalls import Stalls, nobody
+from elastic.stalls import Stalls
 from elastic.topology import DeviceId, Member
 
 _There = tuple[int, frozenset[DeviceId]]
@@ -58,7 +57,7 @@ class Job:
         self.members = Membership(devices, home_devices(shape, devices))
         self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
-        self.stalls = nobody()
+        self.stalls = Stalls(0)
         self.pace = PaceLog(self.plans)
         self.probation = Probation(limits.quarantine)
         self._fruitless = 0
@@ -106,16 +105,17 @@ class Job:
         nodes = {member.device.node for member in self.quiescence.awaited}
         self.quiescence.expect_agents(nodes, now + self.limits.agent_timeout_seconds)
 
-    def watch_stalls(self, members: Iterable[Member]) -> None:
-        """All of `members` have the groups of the newest plan, and may come to wait in them."""
-        self.stalls = Stalls(max(self.plans), members)
+    def watch_stalls(self) -> None:
+        """All have the groups of the newest plan, and may come to wait in them."""
+        self.stalls = Stalls(max(self.plans))
 
     def break_stall(self, now: float) -> list[Effect]:
         """If everybody waits for everybody, announce a generation in which nobody does."""
-        cause = self.stalls.cause()
+        stopping = self.phase is Phase.QUIESCING
+        cause = self.stalls.cause(self.quiescence.awaited if stopping else self.commits.behind)
         if cause is None:
             return []
-        self.stalls = nobody()
+        self.stalls = Stalls(0)
         return self.announce(cause, True, now, ask_agents=True, sever_all=True)
 
     def announce(
@@ -183,7 +183,7 @@ class Job:
         self.phase = Phase.REBUILDING
         self.adoption = Adoption(self.generation, self.involved())
         # While groups are built, that has its own limit, and not everybody has begun.
-        self.stalls = nobody()
+        self.stalls = Stalls(0)
         held = {m: each.standing.committed for m, each in answers.items() if each.standing}
         self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
         effects: list[Effect] = [Send(published)]
@@ -227,7 +227,7 @@ class Job:
         fields = {"generation": note.generation, "phase": note.phase, "done_at": done_at}
         effects: list[Effect] = [Note("phase_done", fields)]
         if note.phase is RecoveryPhase.REBUILD:
-            self.watch_stalls(self._placed)
+            self.watch_stalls()
         if self.phase is Phase.RUNNING:
             self._ran = note.generation
             effects.append(Note("running", {"generation": note.generation}))
