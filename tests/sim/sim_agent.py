@@ -33,6 +33,7 @@ from elastic.messages import (
     StoreMessage,
 )
 from elastic.node_news import NodeNews
+from elastic.node_workers import INCARNATIONS_PER_LIFE
 from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.store import AlreadyExists, LeaseLost
 from elastic.topology import DeviceId, Member
@@ -49,8 +50,6 @@ LEASE_SECONDS = 3.0
 DRAIN_SECONDS = 20.0
 """How long an agent that is to leave waits for the others."""
 REPORT_SECONDS = 2.0
-INCARNATIONS_PER_LIFE = 1_000_000
-"""As in `elastic.node_workers`, whose numbers tell the life of a worker's agent."""
 
 
 class SimAgent:
@@ -323,10 +322,11 @@ class Life:
         self._look()
 
     def _look(self) -> None:
-        if not self._ended.is_decided:
-            if self._news.judge(self._watch.look(list(self.processes.values()))):
-                self._outbox.put(None)
-            self._process.after(LOOK_SECONDS, self._look)
+        if self._ended.is_decided:
+            return
+        if self._news.judge(self._watch.look(self.processes.values())):
+            self._outbox.put(None)
+        self._process.after(LOOK_SECONDS, self._look)
 
     def kill_all(self) -> None:
         """Nobody survives the life."""
@@ -347,8 +347,7 @@ class Life:
         del self.processes[member.device]
         self.ready.discard(member)
         exited = ProcessExited(member.device, member.incarnation, -9, "")
-        signal = self._fenced.get(member, exited)
-        now = self._world.clock.now
+        signal, now = self._fenced.get(member, exited), self._world.clock.now
         failure = classify(signal, device_healthy=returns == "at once", now=now)
         self._news.forget(member)
         self._watch.ended(member)
@@ -359,9 +358,8 @@ class Life:
         if returns == "at once":
             self._spawn(member.device)
         elif returns == "later":
-            self._process.after(
-                5.0 + 20.0 * self._world.clock.rng.random(), self._spawn, member.device
-            )
+            late = 5.0 + 20.0 * self._world.clock.rng.random()
+            self._process.after(late, self._spawn, member.device)
 
     def changed(self) -> None:
         """Other workers are ready than before."""

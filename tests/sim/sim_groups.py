@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from links import Comm
 
+from elastic.messages import Quiesce
 from elastic.plan import Plan
 from elastic.topology import Assignment, Member
 from ntp.groups import GroupAxis
@@ -83,6 +84,11 @@ def replica_groups(plan: Plan | None, member: Member) -> dict[GroupKey, tuple[Me
     if len(pipeline) > 1:
         groups[GroupAxis.PIPELINE, (place.replica, place.slot)] = pipeline
     return groups
+
+
+def kept_through(quiesce: Quiesce, plan: Plan | None, member: Member) -> frozenset[GroupKey]:
+    """The groups that `member` keeps when it is told to stop at once."""
+    return frozenset() if quiesce.sever_all else keepable(plan, member, quiesce.lost)
 
 
 def keepable(

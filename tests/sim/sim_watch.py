@@ -6,6 +6,8 @@ for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from clock import Clock
 from sim_worker import SimWorker
 
@@ -42,7 +44,7 @@ class Watch:
         """It is gone."""
         self._liveness.ended(member.device, member.incarnation)
 
-    def look(self, workers: list[SimWorker]) -> Stalled | None:
+    def look(self, workers: Iterable[SimWorker]) -> Stalled | None:
         """Hear those that are not stopped, and judge."""
         for worker in workers:
             if not worker.dead and not worker.hung:

@@ -16,7 +16,7 @@ import pieces
 from links import Broken, StepAborted
 from pieces import Values, mix
 from sim_gradient import Gradient
-from sim_groups import GroupKey, Groups, keepable, replica_groups
+from sim_groups import Groups, keepable, kept_through, replica_groups
 from sim_process import Mailbox, Process, Task, Wait
 from sim_report import step_done
 
@@ -100,11 +100,7 @@ class SimWorker:
         if isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
-                lost = message.lost
-                everything = frozenset[GroupKey]()
-                self.groups.sever(
-                    everything if message.sever_all else keepable(self.plan, self.member, lost)
-                )
+                self.groups.sever(kept_through(message, self.plan, self.member))
                 if self.groups.building is not None:
                     self.groups.building.sever(self.member)
         if isinstance(message, Adopt | PlanChange):
