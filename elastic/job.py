@@ -116,7 +116,8 @@ class Job:
         if cause is None:
             return []
         self.stalls = Stalls(0)
-        return self.announce(cause, True, now, ask_agents=True, sever_all=True)
+        note = Note("stalled", {"generation": max(self.plans), "reason": cause})
+        return [note, *self.announce(cause, True, now, ask_agents=True, sever_all=True)]
 
     def announce(
         self,
