@@ -192,7 +192,9 @@ class Liveness:
     def _stall(self, worker: _Worker, newest: Heartbeat) -> Stalled | None:
         """The stall that this worker is part of, if the others agree."""
         current, waiting = newest.current, newest.waiting_seconds
-        if waiting is None:
+        # One that is silent may have gone on since, and its silence has a limit of its own.
+        silent = self._attention - worker.heard_at > self._policy.overdue_seconds
+        if waiting is None or silent:
             return None
         deadline = worker.deadline(self._policy, current, lambda span: span.longest_wait_seconds)
         if waiting <= deadline.seconds:

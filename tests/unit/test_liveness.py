@@ -412,6 +412,17 @@ def test_a_node_is_not_stalled_until_whoever_is_to_be_killed_there_has_ended() -
     assert liveness.stalled() is not None
 
 
+def test_a_node_is_not_stalled_while_somebody_there_is_silent() -> None:
+    liveness = watch(FIRST, DEVICES[1])
+    asked(liveness, beat(FIRST, waiting=61.0), beat(DEVICES[1], waiting=61.0))
+    assert look_until(liveness, 0.0, 0.5) == ([], 0.5)
+    assert liveness.stalled() is not None
+    liveness.observe(beat(DEVICES[1], waiting=61.75), 0.75)
+    assert liveness.stalled() is None
+    liveness.observe(beat(FIRST, waiting=61.75), 0.75)
+    assert liveness.stalled() is not None
+
+
 def test_a_stall_is_of_the_oldest_generation_that_anybody_waits_in() -> None:
     liveness = watch(FIRST, DEVICES[1])
     asked(liveness, beat(FIRST, waiting=90.0, generation=5), beat(DEVICES[1], waiting=61.0))
