@@ -46,16 +46,17 @@ from elastic.messages import (
     StoreMessage,
     Struck,
     WorkerMessage,
-    WorkerStatus,
 )
+from elastic.node_news import NodeNews
 from elastic.node_workers import NodeSpec, NodeWorkers
 from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.rendezvous import RendezvousServer
 from elastic.spawn import Spawner
 from elastic.store import AlreadyExists, Change, Lease, LeaseLost, Store
 from elastic.topology import Member
-from elastic.worker_status import Word, fresh_status, is_awaited, summed_up
+from elastic.worker_status import is_awaited
 from health.classify import StoppedAnswering
+from health.liveness import Stalled
 
 _log = logging.getLogger(__name__)
 
@@ -143,8 +144,7 @@ class _Life:
         self._held: list[Adopt | PlanChange] = []
         self._plans = PlanChain()
         self._answers = _Answers()
-        self._notes: list[Word] = []
-        self._statuses: dict[Member, WorkerStatus] = {}
+        self._news = NodeNews(spec.node)
         self._saying_later: asyncio.TimerHandle | None = None
         self._outbox: asyncio.Queue[StoreMessage | None] = asyncio.Queue()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -201,7 +201,7 @@ class _Life:
     @property
     def committed(self) -> int:
         """The last step that a worker of this life committed; -1 if none did."""
-        return max((status.committed for status in self._statuses.values()), default=-1)
+        return self._news.committed
 
     # From the store.
 
@@ -299,21 +299,19 @@ class _Life:
                 case PhaseDone() | ConnectionLost() | StepDone() | FaultFired():
                     if isinstance(message, FaultFired):
                         self._outbox.put_nowait(Struck(message.fault))
-                    self._notes.append(message)
-                    known = self._statuses.get(member, fresh_status(member))
-                    self._statuses[member] = summed_up(known, message)
+                    self._news.hear(member, message)
                     if is_awaited(message):
-                        self._say_notes()
+                        self._say_news()
                     elif self._saying_later is None:
                         wait = self._spec.health.report_seconds
                         loop = asyncio.get_running_loop()
-                        self._saying_later = loop.call_later(wait, self._say_notes)
+                        self._saying_later = loop.call_later(wait, self._say_news)
                 case _:
                     continue
 
     def failed(self, failed: Failed) -> None:
         """A worker is gone, and fenced."""
-        self._statuses.pop(failed.member, None)
+        self._news.forget(failed.member)
         self._outbox.put_nowait(failed)
         self._answers.awaited.discard(failed.member)
         self._answer_if_complete()
@@ -321,6 +319,11 @@ class _Life:
     def changed(self) -> None:
         """Other workers are ready than before."""
         self._outbox.put_nowait(self._record())
+
+    def judged(self, stall: Stalled | None) -> None:
+        """No worker here can go on, or one can."""
+        if self._news.judge(stall):
+            self._say_news()
 
     def broke(self, error: Exception) -> None:
         """The supervision itself failed: this ends the agent."""
@@ -343,30 +346,26 @@ class _Life:
         if self._answers.generation and not self._answers.awaited:
             self._report_answers()
 
-    def _say_notes(self) -> None:
+    def _say_news(self) -> None:
         if self._saying_later is not None:
             self._saying_later.cancel()
             self._saying_later = None
-        if self._notes:
+        if self._news.is_any:
             self._outbox.put_nowait(None)
 
     def _report_answers(self) -> None:
         # Whoever plans the next generation knows all of this one.
-        self._say_notes()
+        self._say_news()
         answers = self._answers
         report = NodeReport(answers.generation, self._spec.node, tuple(answers.given))
         self._outbox.put_nowait(report)
 
     async def _write(self, lease: Lease) -> None:
         while True:
-            message = await self._outbox.get()
+            # None stands for all that was said since the last write.
+            message = await self._outbox.get() or self._news.tell()
             if message is None:
-                if not self._notes:
-                    continue
-                # All that was said since the last write.
-                notes, self._notes = tuple(self._notes), []
-                statuses = tuple(self._statuses.values())
-                message = NodeProgress(self._spec.node, notes, statuses)
+                continue
             under = lease if isinstance(message, AgentRecord) else None
             await self._store.put(key_of(self._spec.job, message), encode(message), under)
 

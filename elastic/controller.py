@@ -125,6 +125,8 @@ class Controller:
             patience = self._job.patience(urgent=recorded.announced.urgent)
             awaited = self._job.involved() & members.alive()
             self._job.quiescence = Quiescence(awaited, now + patience)
+            if self._job.plans and not recorded.announced.sever_all:
+                self._job.watch_stalls()
             if recorded.announced.ask_agents:
                 self._job.ask_agents(now)
             for report in recorded.reports:
@@ -136,6 +138,8 @@ class Controller:
             effects += self._job.plan_if_quiet(now)
         else:
             effects += self._go_on(now)
+        for node, stall in recorded.stalls.items():
+            self._job.stalls.take(node, stall)
         return effects + self._job.dismiss()
 
     def _go_on(self, now: float) -> list[Effect]:
@@ -297,6 +301,7 @@ class Controller:
                 case _:
                     # A late word of an earlier generation.
                     continue
+        job.stalls.take(event.node, event.stall)
         if job.adopting:
             effects += job.complete_if_done()
         if job.phase is Phase.RUNNING:
@@ -307,6 +312,7 @@ class Controller:
         effects = self._job.probation.release(now)
         if (suspicion := self._job.adoption.overdue(now)) is not None:
             return effects + self._job.announce(suspicion.cause, True, now, ask_agents=True)
+        effects += self._job.break_stall(now)
         if self._job.phase is Phase.RUNNING:
             effects += self._job.improve(now)
         return effects
@@ -316,8 +322,9 @@ class Controller:
         effects: list[Effect] = []
         for node in self._job.quiescence.silent(now):
             waited = limits.agent_timeout_seconds
-            evidence = f"its agent did not answer for {waited:g} s while peers lost connections"
+            evidence = f"its agent did not answer for {waited:g} s when all were asked"
             effects += [ForgetNode(node), *self._node_lost(NodeLost(node, evidence), now)]
+        effects = effects or self._job.break_stall(now)
         if effects:
             return effects
         if not self._job.quiescence.is_late(now):

@@ -37,12 +37,14 @@ class HealthConfig(Settings):
         default=10.0,
         gt=0,
         description="Seconds an activity of the training thread may always take, waits for other "
-        "workers not counted.",
+        "workers not counted; and that it may always wait for others, before a wait in which all "
+        "of the job's workers are is ended.",
     )
     progress_factor: float = Field(
         default=5.0,
         ge=1,
-        description="An activity may take this many times the longest of its recent durations.",
+        description="An activity may take this many times the longest of its recent durations, "
+        "and a wait in it this many times the longest of its recent waits.",
     )
     progress_initial_seconds: float = Field(
         default=120.0,

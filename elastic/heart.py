@@ -28,9 +28,9 @@ class Heart:
         """Begin to beat."""
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
 
-    def begin(self, activity: Activity, step: int, *, cold: bool) -> None:
+    def begin(self, activity: Activity, step: int, *, generation: int, cold: bool) -> None:
         """The training thread turns to `activity`; `cold`: what it takes says nothing of later."""
-        self._log.begin(activity, step, time.monotonic(), cold=cold)
+        self._log.begin(activity, step, time.monotonic(), generation=generation, cold=cold)
 
     def wait(self) -> None:
         """It waits for others; waits may nest."""

@@ -40,6 +40,7 @@ from elastic.planner import (
 from elastic.probation import Probation
 from elastic.quiescence import Quiescence
 from elastic.recorded import Recorded
+from elastic.stalls import Stalls
 from elastic.topology import DeviceId, Member
 
 _There = tuple[int, frozenset[DeviceId]]
@@ -67,6 +68,7 @@ class Job:
         self.members = Membership(devices, home_devices(shape, devices))
         self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
+        self.stalls = Stalls(0)
         self.pace = PaceLog(self.plans)
         self.probation = Probation(limits.quarantine)
         self._fruitless = 0
@@ -114,12 +116,33 @@ class Job:
         nodes = {member.device.node for member in self.quiescence.awaited}
         self.quiescence.expect_agents(nodes, now + self.limits.agent_timeout_seconds)
 
+    def watch_stalls(self) -> None:
+        """All have the groups of the newest plan, and may come to wait in them."""
+        self.stalls = Stalls(max(self.plans))
+
+    def break_stall(self, now: float) -> list[Effect]:
+        """If everybody waits for everybody, announce a generation in which nobody does."""
+        stopping = self.phase is Phase.QUIESCING
+        cause = self.stalls.cause(self.quiescence.awaited if stopping else self.commits.behind)
+        if cause is None:
+            return []
+        self.stalls = Stalls(0)
+        note = Note("stalled", {"generation": max(self.plans), "reason": cause})
+        return [note, *self.announce(cause, True, now, ask_agents=True, sever_all=True)]
+
     def announce(
-        self, cause: str, urgent: bool, now: float, *, ask_agents: bool = False
+        self,
+        cause: str,
+        urgent: bool,
+        now: float,
+        *,
+        ask_agents: bool = False,
+        sever_all: bool = False,
     ) -> list[Effect]:
         """Begin the next generation: everybody placed and alive is to stop.
 
         `ask_agents`: nobody knows who is gone, so the agents are to say that they live.
+        `sever_all`: nor which group is at fault, so none is kept.
         """
         self.generation += 1
         if self.generation - 1 > self.limits.max_recoveries:
@@ -144,7 +167,7 @@ class Job:
             self.ask_agents(now)
         reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
         lost = tuple(sorted(involved - alive))
-        quiesce = Quiesce(self.generation, urgent, lost, reason, ask_agents)
+        quiesce = Quiesce(self.generation, urgent, lost, reason, ask_agents, sever_all)
         fields = {
             "generation": self.generation,
             "urgent": urgent,
@@ -185,6 +208,8 @@ class Job:
         self._placed, self._participants = _members(plan)
         self.phase = Phase.REBUILDING
         self.adoption = Adoption(self.generation, self.involved())
+        # While groups are built, that has its own limit, and not everybody has begun.
+        self.stalls = Stalls(0)
         held = {m: each.standing.committed for m, each in answers.items() if each.standing}
         self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
         return [Send(published), *self._plan_notes(plan, before, answers.values())]
@@ -239,6 +264,8 @@ class Job:
         self.phase = self.adoption.phase
         fields = {"generation": note.generation, "phase": note.phase, "done_at": done_at}
         effects: list[Effect] = [Note("phase_done", fields)]
+        if note.phase is RecoveryPhase.REBUILD:
+            self.watch_stalls()
         if self.phase is Phase.RUNNING:
             self._ran = note.generation
             effects.append(Note("running", {"generation": note.generation}))

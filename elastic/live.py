@@ -164,6 +164,8 @@ def describe(event: str, fields: Mapping[str, Any]) -> str | None:
             return f"{fields['device']} may be used again"
         case "connection_lost":
             return f"{fields['member']} lost a connection: {fields['detail'].splitlines()[0][:100]}"
+        case "stalled":
+            return f"stalled: {fields['reason']}"
         case "replicas_differ":
             return f"REPLICAS DIFFER after step {fields['step']}: {fields['digests']}"
         case "non_finite":

@@ -25,6 +25,7 @@ from elastic.session import Standing
 from elastic.topology import DeviceId, Member
 from health.events import FailureEvent
 from health.heartbeat import Heartbeat
+from health.liveness import Stalled
 
 
 class RecoveryPhase(StrEnum):
@@ -40,7 +41,8 @@ class Quiesce(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     `urgent`: somebody is lost, abort the step in flight; otherwise finish it first. `lost` are the
     members that are gone, so that a survivor knows which of its groups cannot complete.
-    `ask_agents`: each agent is to answer at once with NodeAlive.
+    `ask_agents`: each agent is to answer at once with NodeAlive. `sever_all`: keep no group, as
+    each may be the one in which everybody waits.
     """
 
     generation: int
@@ -48,6 +50,7 @@ class Quiesce(msgspec.Struct, frozen=True, tag=True, array_like=True):
     lost: tuple[Member, ...]
     reason: str
     ask_agents: bool = False
+    sever_all: bool = False
 
 
 class Adopt(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -260,12 +263,14 @@ class WorkerStatus(msgspec.Struct, frozen=True, array_like=True):
 class NodeProgress(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Agent: what its workers said since its last one. Key ``progress/<node>``.
 
-    `statuses` sum up what was said before, for a controller that did not hear it.
+    `statuses` sum up what was said before, for a controller that did not hear it. `stall`: none of
+    them can go on; None: somebody can.
     """
 
     node: int
     notes: tuple[PhaseDone | ConnectionLost | StepDone | FaultFired, ...]
     statuses: tuple[WorkerStatus, ...] = ()
+    stall: Stalled | None = None
 
 
 class Beat(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -27,7 +27,7 @@ from elastic.messages import AgentMessage, Beat, Failed, FaultFired, Ready, Stru
 from elastic.spawn import Child, Spawner
 from elastic.topology import INCARNATIONS_PER_LIFE, DeviceId, Member
 from health.classify import Signal, classify
-from health.liveness import Liveness
+from health.liveness import Liveness, Stalled
 from health.probes.process import error_file, is_stopped, read_exit
 
 
@@ -81,6 +81,9 @@ class Supervisor(Protocol):
     def changed(self) -> None:
         """Other workers are ready than before."""
 
+    def judged(self, stall: Stalled | None) -> None:
+        """No worker that takes part can go on, or one can: told with each look at them."""
+
     def broke(self, error: Exception) -> None:
         """The supervision itself failed: that is a bug."""
 
@@ -127,7 +130,7 @@ class NodeWorkers:
             self._spawn(device)
 
     async def watch(self) -> None:
-        """Fence workers that hang, until cancelled."""
+        """Fence workers that hang, and say whether any can go on, until cancelled."""
         while True:
             await asyncio.sleep(self._spec.health.heartbeat_seconds)
             stopped = [
@@ -137,6 +140,7 @@ class NodeWorkers:
             ]
             for signal in self._liveness.expired(time.monotonic(), stopped):
                 self.fence(Member(signal.device, signal.incarnation), signal)
+            self._supervisor.judged(self._liveness.stalled())
 
     @property
     def ready(self) -> tuple[Member, ...]:

@@ -31,6 +31,7 @@ from elastic.messages import (
 from elastic.plan import Plan
 from elastic.plan_chain import generation_of, rebuilt
 from elastic.topology import Member
+from health.liveness import Stalled
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,8 @@ class Recorded:
     `nodes` are the agents that live, but those that were told that they may leave, which are
     `dismissed`, by node and life. `failures` are all that were reported, oldest first, and
     `component_faults` those that were injected into the runtime itself. `committed` is the last
-    step that each worker is known to have committed. `wish`: somebody wants the job to end.
+    step that each worker is known to have committed. `stalls` is what each node says of itself.
+    `wish`: somebody wants the job to end.
     """
 
     plans: Mapping[int, Plan]
@@ -55,6 +57,7 @@ class Recorded:
     dismissed: frozenset[tuple[int, int]]
     statuses: Mapping[Member, WorkerStatus]
     committed: Mapping[Member, int]
+    stalls: Mapping[int, Stalled | None]
     failures: tuple[Failed, ...]
     component_faults: tuple[ComponentFault, ...]
     stop: Stop | None
@@ -68,7 +71,7 @@ class Recorded:
 
 
 NOTHING_RECORDED = Recorded(
-    {}, (), None, (), frozenset(), (), frozenset(), {}, {}, (), (), None, None
+    {}, (), None, (), frozenset(), (), frozenset(), {}, {}, {}, (), (), None, None
 )
 """A job that has not begun."""
 
@@ -86,6 +89,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
     nodes: list[AgentRecord] = []
     dismissed: set[tuple[int, int]] = set()
     statuses: dict[Member, WorkerStatus] = {}
+    stalls: dict[int, Stalled | None] = {}
     failures: list[Failed] = []
     component_faults: list[ComponentFault] = []
     stop: Stop | None = None
@@ -108,6 +112,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
                 dismissed.add((node, life))
             case NodeProgress():
                 statuses |= {status.member: status for status in message.statuses}
+                stalls[message.node] = message.stall
             case Failed():
                 failures.append(message)
             case ComponentFault():
@@ -139,6 +144,7 @@ def read_messages(messages: Iterable[StoreMessage]) -> Recorded:
         dismissed=frozenset(dismissed),
         statuses=statuses,
         committed=_committed(statuses, reports),
+        stalls=stalls,
         failures=tuple(sorted(failures, key=lambda failed: failed.failure.at)),
         component_faults=tuple(sorted(component_faults, key=lambda fault: fault.at)),
         stop=stop,

@@ -8,7 +8,8 @@ any of this simply ends it with an exception, and the worker stands ready for th
 with the state it had; see `elastic.session` for why that state is always enough.
 
 A healthy replica keeps its tensor-parallel group. Its ranks therefore stop only at the boundary
-before gradient sync, where all of them arrive. A rank that cannot know where its mates are severs
+before gradient sync, where all of them arrive. Where everybody waits for everybody, nobody knows in
+which group a message was lost, and none is kept. A rank that cannot know where its mates are severs
 the group and says so: one that is stopped inside the vote or the barrier of an adoption, behind
 which mates may compute already and wait for it, and one for which the group itself broke.
 
@@ -134,7 +135,8 @@ class Worker:
 
     def turn_to(self, activity: Activity) -> None:
         """Tell the heart what the training thread does from here on."""
-        self.heart.begin(activity, self.session.step, cold=self._cold)
+        step, generation = self.session.step, self.generation
+        self.heart.begin(activity, step, generation=generation, cold=self._cold)
 
     def check(self) -> None:
         """Raise StepAborted if a new generation is announced that does not wait."""
@@ -313,6 +315,7 @@ class Worker:
             if self.session.point is StepPoint.PREPARED:
                 self.session = self.session.hold_vote(plan.apply_vote)
             self.commit(trainable, plan.apply_vote)
+            self._cold = True
         keeps = plan.kept_from(self.coordinate.replica) if has_state else 0
         assert keeps in (0, self.session.kept), f"kept {self.session.kept}, told to keep {keeps}"
         self.session = self.session.drop(salvaged=keeps > 0)
@@ -339,7 +342,8 @@ class Worker:
         elif isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
-                self.groups.sever(keep=self._keepable(message.lost))
+                keep = frozenset() if message.sever_all else self._keepable(message.lost)
+                self.groups.sever(keep=keep)
                 rendezvous = self._rendezvous
                 if rendezvous is not None:
                     rendezvous.sever()

@@ -43,7 +43,7 @@ class Activity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One uninterrupted stretch of an activity, finished or under way.
+    """One uninterrupted stretch of an activity in `generation`, finished or under way.
 
     `cold`: it belongs to a change of generation or to the first step after one, in which caches are
     cold and buffers new; its duration says nothing of later ones. `own_seconds` is the time outside
@@ -52,6 +52,7 @@ class Span:
 
     activity: Activity
     step: int
+    generation: int
     cold: bool
     own_seconds: float
     longest_wait_seconds: float
@@ -80,6 +81,7 @@ class _Running(NamedTuple):
 
     activity: Activity
     step: int
+    generation: int
     cold: bool
     began: float
     waited_seconds: float = 0.0
@@ -90,7 +92,8 @@ class _Running(NamedTuple):
     def span(self, now: float) -> Span:
         until = self.waiting_since if self.depth else now
         own = until - self.began - self.waited_seconds
-        return Span(self.activity, self.step, self.cold, own, self.longest_wait_seconds)
+        longest = self.longest_wait_seconds
+        return Span(self.activity, self.step, self.generation, self.cold, own, longest)
 
 
 class ActivityLog:
@@ -102,14 +105,16 @@ class ActivityLog:
     def __init__(self, device: DeviceId, incarnation: int, now: float) -> None:
         self._device = device
         self._incarnation = incarnation
-        self._running = _Running(Activity.AWAITING_PLAN, 0, True, now)
+        self._running = _Running(Activity.AWAITING_PLAN, 0, 0, True, now)
         self._finished: deque[Span] = deque(maxlen=RECENT_SPANS * len(Activity))
 
-    def begin(self, activity: Activity, step: int, now: float, *, cold: bool) -> None:
+    def begin(
+        self, activity: Activity, step: int, now: float, *, generation: int, cold: bool
+    ) -> None:
         """The activity under way ends, and another begins."""
         assert self._running.depth == 0, f"{self._running.activity} ended inside a wait"
         self._finished.append(self._running.span(now))
-        self._running = _Running(activity, step, cold, now)
+        self._running = _Running(activity, step, generation, cold, now)
 
     def wait(self, now: float) -> None:
         """A wait for others begins. One inside another is part of that."""

@@ -1,8 +1,7 @@
 """Which workers of a node hang: heartbeats in, signals out.
 
 Pure. The agent says when a worker process starts and ends, hands over each heartbeat, and asks
-`expired` from time to time, at the latest at `next_deadline`. Four rules, each with its own limit
-in the policy:
+`expired` with each interval of heartbeats. Four rules, each with its own limit in the policy:
 
     NotReady       it sent no heartbeat since it started
     HeartbeatLost  its heartbeats ceased
@@ -14,9 +13,10 @@ in the policy:
 Limits on progress are learned from the spans that the worker finished, see `health.policy`. A cold
 span makes it forget them, as the batch split or the layout may have changed. Who waits is never
 blamed: somebody else holds it up, perhaps on another node. A node whose workers all wait for too
-long cannot know who; `stalled` says so once, for the controller to judge.
+long cannot know who; `stalled` says so, for a controller that hears it of all nodes to judge.
 
-A signal is given once, after which the process is no longer watched: it is about to be killed.
+A signal is given once, after which the process is about to be killed. Until it has ended, its node
+is not stalled: whoever waits for it will be told.
 
 An agent that was itself held up finds everybody silent, because it did not listen. So silence is
 not measured in clock time but in *attention*: of the time between two calls of this object, only
@@ -39,13 +39,14 @@ from health.policy import Deadline, LivenessPolicy, progress_deadline
 class Stalled:
     """All workers of a node wait for others, each longer than it ever should; no failure in itself.
 
-    The fields are those of the worker that has waited longest.
+    The fields are those of the worker that has waited longest in the oldest generation.
     """
 
     device: DeviceId
     incarnation: int
     activity: Activity
     step: int
+    generation: int
     waiting_seconds: float
     deadline: Deadline
 
@@ -61,6 +62,7 @@ class _Worker:
     heard_at: float
     stopped_since: float | None = None
     newest: Heartbeat | None = None
+    accused: bool = False
     spans: dict[Activity, deque[Span]] = field(default_factory=dict)
 
     def learn(self, span: Span) -> None:
@@ -88,7 +90,6 @@ class Liveness:
         self._workers: dict[DeviceId, _Worker] = {}
         self._called_at = now
         self._attention = 0.0
-        self._stall_told = False
 
     def started(self, device: DeviceId, incarnation: int, now: float) -> None:
         """Watch this process, instead of an earlier one on its device."""
@@ -117,34 +118,28 @@ class Liveness:
         self._attend(now)
         found = []
         for device, worker in self._workers.items():
+            if worker.accused:
+                continue
             self._note_state(worker, device in stopped)
             signal = self._silence(device, worker) or self._standstill(worker)
             if signal is not None:
+                worker.accused = True
                 found.append(signal)
-        for signal in found:
-            del self._workers[signal.device]
         return found
 
     def stalled(self) -> Stalled | None:
-        """That nobody on this node can go on, told once until somebody went on."""
+        """That nobody on this node can go on, as far as heartbeats told; None: somebody can."""
+        workers = self._workers.values()
         verdicts = [
             self._stall(worker, worker.newest)
-            for worker in self._workers.values()
+            for worker in workers
             if worker.newest is not None
             and worker.newest.current.activity is not Activity.AWAITING_PLAN
         ]
         stalls = [verdict for verdict in verdicts if verdict is not None]
-        told, self._stall_told = self._stall_told, 0 < len(stalls) == len(verdicts)
-        if told or not self._stall_told:
+        if len(stalls) < len(verdicts) or any(worker.accused for worker in workers):
             return None
-        return max(stalls, key=lambda stall: stall.waiting_seconds)
-
-    def next_deadline(self, now: float) -> float | None:
-        """When to call `expired` next, at the latest; None: nobody is watched."""
-        if not self._workers:
-            return None
-        # Never further ahead: a longer sleep would not count as attention.
-        return now + self._policy.heartbeat_seconds
+        return min(stalls, key=lambda s: (s.generation, -s.waiting_seconds), default=None)
 
     def _attend(self, now: float) -> None:
         self._attention += min(now - self._called_at, self._policy.overdue_seconds)
@@ -197,11 +192,19 @@ class Liveness:
     def _stall(self, worker: _Worker, newest: Heartbeat) -> Stalled | None:
         """The stall that this worker is part of, if the others agree."""
         current, waiting = newest.current, newest.waiting_seconds
-        if waiting is None:
+        # One that is silent may have gone on since, and its silence has a limit of its own.
+        silent = self._attention - worker.heard_at > self._policy.overdue_seconds
+        if waiting is None or silent:
             return None
         deadline = worker.deadline(self._policy, current, lambda span: span.longest_wait_seconds)
         if waiting <= deadline.seconds:
             return None
         return Stalled(
-            newest.device, newest.incarnation, current.activity, current.step, waiting, deadline
+            device=newest.device,
+            incarnation=newest.incarnation,
+            activity=current.activity,
+            step=current.step,
+            generation=current.generation,
+            waiting_seconds=waiting,
+            deadline=deadline,
         )

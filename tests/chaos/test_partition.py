@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import yaml
 
 from elastic.network import NetworkRefused, check_network
 from tests.chaos.checks import check_like_calm
-from tests.chaos.launcher import SMALL_JOB, Run, launch, run_job, wait_until_gone
+from tests.chaos.launcher import SMALL_JOB, Launch, Run, launch, run_job, wait_until_gone
 
 CUT_AT, HEALED_AT = 10, 40
 THREE_NODES = [
@@ -71,6 +73,45 @@ def test_a_node_that_is_cut_off_commits_nothing_and_comes_back(tmp_path: Path) -
     assert without[0] >= CUT_AT and without[-1] >= HEALED_AT, "the others did not go on"
     assert last_step_of_the_cut_off_side(run, 1) < without[0]
     assert run.steps[-1]["degrees"] == [[2], [2], [2]], "the node never came back"
+
+
+def swallow(run: Launch, *, on: bool) -> None:
+    """Let nothing pass between the nodes, which all reach the store, or let it pass again."""
+    inside = ("nsenter", f"--net=/proc/{run.process.pid}/ns/net")
+    for node in range(2):
+        isolated = ("type", "bridge_slave", "isolated", "on" if on else "off")
+        subprocess.run([*inside, "ip", "link", "set", f"node{node}", *isolated], check=True)
+
+
+def test_workers_whose_words_get_lost_wait_for_each_other_only_until_all_nodes_say_so(
+    tmp_path: Path,
+) -> None:
+    config, faults, run_dir = tmp_path / "job.yaml", tmp_path / "faults.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(SMALL_JOB))
+    # A fault that is never reached makes the network.
+    never = {"at_step": 99999, "kind": "partition", "target": {"node": 1}}
+    faults.write_text(yaml.safe_dump([never]))
+    arguments = ["run", str(config), "--faults", str(faults), "--run-dir", str(run_dir)]
+    two_nodes = ("cluster.nodes=2", "cluster.devices_per_node=1", "parallel.tensor=2")
+    patience = ("health.progress_floor_seconds=4", "health.collective_timeout_seconds=300")
+    # Of one replica all groups are inside: none may be kept for being healthy.
+    job = ("parallel.replicas=1", "train.steps=100000", "store.kind=etcd")
+    for override in (*two_nodes, *patience, *job):
+        arguments += ["--set", override]
+    with launch(arguments) as started:
+        started.wait_for_line("step 20/")
+        swallow(started, on=True)
+        started.wait_for_line("stalled: everybody waits for others")
+        swallow(started, on=False)
+        started.wait_for_line("runs")
+        started.wait_for_line("step ")
+        started.process.send_signal(signal.SIGINT)
+        started.output.read()
+    journal = [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+    assert [entry for entry in journal if entry["event"] == "failure"] == []
+    plans = [entry for entry in journal if entry["event"] == "plan"]
+    assert plans[1]["kept_replicas"] == []
+    assert [plan["lost_steps"] for plan in plans] == [0] * len(plans)
 
 
 @pytest.mark.chaos

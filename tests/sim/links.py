@@ -5,7 +5,8 @@ member notices a broken peer. In a *star* (small all-reduces over gloo) the firs
 alone notices the others, and the others only notice it. A member that severs its end, or dies, cuts
 the communicator; whoever waits for it gets Broken, unless the result was faster. Where the network
 is cut, neither the result nor the news of a broken peer gets through: the wait hangs until the
-network heals or its timeout is over.
+network heals or its timeout is over. A result may also get lost for one member, who waits on while
+others may go on to the next collective, and wait there.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Comm:
         self._arrived: set[int] = set()
         self._posted: dict[int, Any] = {}
         self._receiving: dict[int, tuple[Waiter, int, frozenset[int]]] = {}
+        self._since: dict[int, float] = {}
+        self._losing: dict[int, Callable[[], float]] = {}
 
     def intact(self, member: Member, members: Sequence[Member]) -> bool:
         """What the member itself believes: it did not sever its end."""
@@ -74,6 +77,15 @@ class Comm:
     def exchange(self, member: Member, letters: Any, sources: frozenset[Member]) -> Wait:
         """Post letters; the result is what each of `sources` posted, once all of them did."""
         return lambda task: self._exchange(self._ranks[member], task, letters, sources)
+
+    def waits_since(self, member: Member) -> float | None:
+        """When the member's wait in this communicator began; None: it does not wait here."""
+        me = self._ranks[member]
+        return self._since[me] if me in self._waiting or me in self._receiving else None
+
+    def lose(self, member: Member, lost: Callable[[], float]) -> None:
+        """The next result does not reach the member; `lost` is told, and says for how long."""
+        self._losing[self._ranks[member]] = lost
 
     def sever(self, member: Member) -> None:
         """The member ends this communicator on its side."""
@@ -104,6 +116,7 @@ class Comm:
     def _build(self, me: int, task: Waiter, timeout: float) -> None:
         self._arrived.add(me)
         self._waiting[me] = (task, task.token, -1)
+        self._since[me] = self._clock.now
         self._clock.after(timeout, self._fail, me, task.token, "never appeared")
         if len(self._arrived) == len(self.members):
             for each, (_, token, _) in list(self._waiting.items()):
@@ -118,6 +131,7 @@ class Comm:
         index = self._count[me]
         self._count[me] += 1
         self._waiting[me] = (task, token, index)
+        self._since[me] = self._clock.now
         if me in self._severed:
             self._fail_soon(me, token, "severed here")
             return
@@ -137,7 +151,7 @@ class Comm:
                     break
 
     def _result(self, rank: int, token: int, index: int) -> None:
-        if not self._is_waiting(rank, token):
+        if not self._is_waiting(rank, token) or self._is_lost(rank, token):
             return
         if not self._reaches(range(len(self.members)), rank):
             self._hang(rank, token, self._result, rank, token, index)
@@ -154,6 +168,7 @@ class Comm:
         token = task.token
         wanted = frozenset(self._ranks[source] for source in sources)
         self._receiving[me] = (task, token, wanted)
+        self._since[me] = self._clock.now
         if me in self._severed:
             self._fail_soon(me, token, "severed here")
             return
@@ -179,12 +194,18 @@ class Comm:
 
     def _finish(self, rank: int, token: int, value: Any, sources: Iterable[int]) -> None:
         """The wait succeeds, if the words of `sources` arrive."""
-        if not self._is_waiting(rank, token):
+        if not self._is_waiting(rank, token) or self._is_lost(rank, token):
             return
         if self._reaches(sources, rank):
             self._pop(rank).advance(token, value)
         else:
             self._hang(rank, token, self._finish, rank, token, value, sources)
+
+    def _is_lost(self, rank: int, token: int) -> bool:
+        lost = self._losing.pop(rank, None)
+        if lost is not None:
+            self._clock.after(lost(), self._fail, rank, token, "timed out")
+        return lost is not None
 
     def _fail_soon(self, rank: int, token: int, detail: str, source: int | None = None) -> None:
         self._clock.after(self._clock.delay(), self._fail, rank, token, detail, source)

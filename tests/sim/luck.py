@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
+from network import WAIT_SECONDS
 from sim_agent import DRAIN_SECONDS, SimAgent
 from sim_candidate import Candidate
 from sim_worker import SimWorker
@@ -16,6 +18,8 @@ from health.classify import StoppedAnswering
 if TYPE_CHECKING:
     from world import World
 
+STALL_SECONDS = 15.0
+"""Long before the backend does, the runtime ends a wait that nothing else will end."""
 HANG_NOTICED_SECONDS = 4.0
 """After which the peers of a worker that hangs give its connections up."""
 
@@ -61,7 +65,7 @@ class Luck:
         if strike.kind is not Kind.DRAIN:
             world.oracle.avoidance.is_calm = False
         match strike.kind:
-            case Kind.KILL | Kind.HANG | Kind.FALSE_ALARM | Kind.FLAP | Kind.CUT:
+            case Kind.KILL | Kind.HANG | Kind.FALSE_ALARM | Kind.FLAP | Kind.CUT | Kind.LOSE:
                 self._strike_workers(strike, at)
             case Kind.PARTITION:
                 self._partition(seconds)
@@ -107,6 +111,21 @@ class Luck:
                 self._clock.tell("the connections of %s break", victim.member)
                 for comm in victim.groups.comms.values():
                     comm.cut(victim.member)
+            case Kind.LOSE if victim.groups.comms:
+                comm = rng.choice(list(victim.groups.comms.values()))
+                comm.lose(victim.member, partial(self._lost, victim))
+
+    def _lost(self, worker: SimWorker) -> float:
+        """A result is lost; returns for how long the backend lets that be."""
+        clock = self._clock
+        clock.tell("a result does not reach %s in step %d", worker.member, worker.session.step)
+        self.struck_at = max(self.struck_at, clock.now)
+        if worker.cold:
+            # How long others may take is not known yet, so only the backend's timeout ends that.
+            self._world.disturb(WAIT_SECONDS)
+            return WAIT_SECONDS
+        clock.after(STALL_SECONDS, self._world.oracle.waits_no_more, worker, clock.now)
+        return 2 * STALL_SECONDS
 
     def _hang(self, worker: SimWorker, seconds: float) -> None:
         clock = self._clock

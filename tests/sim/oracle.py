@@ -168,6 +168,14 @@ class Oracle:
                 answered is None or answered > seen,
                 f"{message.member} is fenced, but answered {self._announced}",
             )
+        if isinstance(message, Quiesce) and message.sever_all:
+            for member in {member for _, member in self.plans[max(self.plans)].placement}:
+                worker = self._processes[member]
+                waits = worker.awaits_plan or worker.groups.waits_since() is not None
+                self._clock.check(
+                    waits or worker.dead or self._is_excused(worker),
+                    f"everybody is said to wait, but {member} goes on",
+                )
 
     def noted(self, process: Process, note: Note) -> None:
         """A process writes to the journal. Who leads no more may not know it yet."""
@@ -177,11 +185,21 @@ class Oracle:
 
     def fenced(self, worker: SimWorker) -> None:
         """An agent obeys the order to kill a worker."""
-        now = self._clock.now
-        excused = now < max(worker.excused_until, self.calm_at + EXCUSE_SECONDS)
         self._clock.check(
-            worker.hung or worker.dead or excused, f"{worker.member} is fenced, but works"
+            worker.hung or worker.dead or self._is_excused(worker),
+            f"{worker.member} is fenced, but works",
         )
+
+    def waits_no_more(self, worker: SimWorker, since: float) -> None:
+        """By now a wait that nothing else would end, and that began before `since`, is over."""
+        began = worker.groups.waits_since()
+        self._clock.check(
+            began is None or began > since or worker.dead or self._is_excused(worker),
+            f"{worker.member} is left waiting",
+        )
+
+    def _is_excused(self, worker: SimWorker) -> bool:
+        return self._clock.now < max(worker.excused_until, self.calm_at + EXCUSE_SECONDS)
 
     def _check_plan(self, plan: Plan) -> None:
         check = self._clock.check

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sim_process import Mailbox, Outcome, Process, Task, Wait
 from sim_store import SimLease, Told, create_when_free
+from sim_watch import LOOK_SECONDS, Watch
 from sim_worker import SimWorker
 
 from elastic.keys import agent_key, job_prefix, key_of, life_key, whole_plan_key
@@ -23,7 +24,6 @@ from elastic.messages import (
     Fence,
     Leave,
     NodeAlive,
-    NodeProgress,
     NodeReport,
     PlanChange,
     Quiesce,
@@ -31,12 +31,12 @@ from elastic.messages import (
     Ready,
     Stop,
     StoreMessage,
-    WorkerStatus,
 )
+from elastic.node_news import NodeNews
 from elastic.plan_chain import PlanChain, chain_of, generation_of
 from elastic.store import AlreadyExists, LeaseLost
 from elastic.topology import INCARNATIONS_PER_LIFE, DeviceId, Member
-from elastic.worker_status import Word, fresh_status, is_awaited, summed_up
+from elastic.worker_status import is_awaited
 from health.classify import ProcessExited, Signal, StoppedAnswering, classify
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ class Life:
         self._answering = 0
         self._awaited: set[Member] = set()
         self.given: list[Quiesced] = []
-        self._notes: list[Word] = []
-        self._statuses: dict[Member, WorkerStatus] = {}
+        self._news = NodeNews(agent.node)
+        self._watch = Watch(world.clock)
         self._outbox = Mailbox()
         self._ended = Outcome()
 
@@ -280,9 +280,7 @@ class Life:
                         self._awaited.discard(worker.member)
                         self._answer_if_complete()
                 case _:
-                    known = self._statuses.get(worker.member, fresh_status(worker.member))
-                    self._statuses[worker.member] = summed_up(known, message)
-                    self._notes.append(message)
+                    self._news.hear(worker.member, message)
                     if is_awaited(message):
                         self._outbox.put(None)
                     else:
@@ -295,6 +293,7 @@ class Life:
         number = (self.number - 1) * INCARNATIONS_PER_LIFE + self._incarnations[device]
         worker = SimWorker(self._world, Member(device, number), self.wrote)
         self.processes[device] = worker
+        self._watch.started(worker.member)
         self._world.oracle.exists(worker)
         self._world.clock.tell("%s starts", worker.member)
         self._world.clock.after(0.5 + 2.0 * self._world.clock.rng.random(), worker.start)
@@ -319,6 +318,14 @@ class Life:
         """Start a process on every device."""
         for device in self.agent.devices:
             self._spawn(device)
+        self._look()
+
+    def _look(self) -> None:
+        if self._ended.is_decided:
+            return
+        if self._news.judge(self._watch.look(self.processes.values())):
+            self._outbox.put(None)
+        self._process.after(LOOK_SECONDS, self._look)
 
     def kill_all(self) -> None:
         """Nobody survives the life."""
@@ -339,10 +346,10 @@ class Life:
         del self.processes[member.device]
         self.ready.discard(member)
         exited = ProcessExited(member.device, member.incarnation, -9, "")
-        signal = self._fenced.get(member, exited)
-        now = self._world.clock.now
+        signal, now = self._fenced.get(member, exited), self._world.clock.now
         failure = classify(signal, device_healthy=returns == "at once", now=now)
-        self._statuses.pop(member, None)
+        self._news.forget(member)
+        self._watch.ended(member)
         self._outbox.put(Failed(failure, None, None, None))
         self._awaited.discard(member)
         self._answer_if_complete()
@@ -350,9 +357,8 @@ class Life:
         if returns == "at once":
             self._spawn(member.device)
         elif returns == "later":
-            self._process.after(
-                5.0 + 20.0 * self._world.clock.rng.random(), self._spawn, member.device
-            )
+            late = 5.0 + 20.0 * self._world.clock.rng.random()
+            self._process.after(late, self._spawn, member.device)
 
     def changed(self) -> None:
         """Other workers are ready than before."""
@@ -377,12 +383,9 @@ class Life:
     def _write(self, lease: SimLease) -> Generator[Wait, Any, None]:
         store = self._world.store
         while True:
-            message: StoreMessage | None = yield self._outbox.get
+            message: StoreMessage | None = (yield self._outbox.get) or self._news.tell()
             if message is None:
-                if not self._notes:
-                    continue
-                notes, self._notes = tuple(self._notes), []
-                message = NodeProgress(self.agent.node, notes, tuple(self._statuses.values()))
+                continue
             under = lease if isinstance(message, AgentRecord) else None
             try:
                 yield store.put(self._process, key_of(JOB, message), message, under)

@@ -8,6 +8,7 @@ from typing import Any
 from links import Broken, Comm
 from sim_process import Wait
 
+from elastic.messages import Quiesce
 from elastic.plan import Plan
 from elastic.topology import Assignment, Member
 from ntp.groups import GroupAxis
@@ -19,12 +20,12 @@ BUILD_SECONDS = 3.0
 
 
 class Groups:
-    """The communicators that `member` has, by axis and index."""
+    """The communicators that `member` has, by axis and index, and the one that it builds."""
 
     def __init__(self, member: Member) -> None:
         self.comms: dict[GroupKey, Comm] = {}
+        self.building: Comm | None = None
         self._member = member
-        self._building: Comm | None = None
 
     @property
     def world(self) -> Comm:
@@ -39,6 +40,14 @@ class Groups:
     def stage(self, stage: int) -> Comm:
         """Everybody in the stage."""
         return self.comms.get((GroupAxis.STAGE, (stage,)), self.world)
+
+    def waits_since(self) -> float | None:
+        """When the wait for others began that this member is in."""
+        for comm in (*self.comms.values(), self.building):
+            since = comm.waits_since(self._member) if comm is not None else None
+            if since is not None:
+                return since
+        return None
 
     def replica_is_intact(self, plan: Plan | None) -> bool:
         """Whether this member has the groups of its replica, as it sees them."""
@@ -94,11 +103,11 @@ class Groups:
                 raise Broken(f"{key} was to go on, but was severed meanwhile")
             if key in kept:
                 continue
-            self._building = communicator(plan, key, names, shrunk=key in shrunk)
+            self.building = communicator(plan, key, names, shrunk=key in shrunk)
             try:
-                made = yield self._building.build(self._member, BUILD_SECONDS)
+                made = yield self.building.build(self._member, BUILD_SECONDS)
             finally:
-                self._building = None
+                self.building = None
             if key in shrunk:
                 self.comms[key].sever(self._member)
             self.comms[key] = made
@@ -106,8 +115,8 @@ class Groups:
     def stop(self, keep: Collection[GroupKey]) -> None:
         """End all but these on this member's side, and the wait for one that is being made."""
         self.sever(keep)
-        if self._building is not None:
-            self._building.sever(self._member)
+        if self.building is not None:
+            self.building.sever(self._member)
 
     def sever(self, keep: Collection[GroupKey] = ()) -> None:
         """End all but these on this member's side."""
@@ -141,6 +150,11 @@ def replica_groups(plan: Plan | None, member: Member) -> dict[GroupKey, tuple[Me
     if len(pipeline) > 1:
         groups[GroupAxis.PIPELINE, (place.replica, place.slot)] = pipeline
     return groups
+
+
+def kept_through(quiesce: Quiesce, plan: Plan | None, member: Member) -> frozenset[GroupKey]:
+    """The groups that `member` keeps when it is told to stop at once."""
+    return frozenset() if quiesce.sever_all else keepable(plan, member, quiesce.lost)
 
 
 def keepable(

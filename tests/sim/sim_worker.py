@@ -16,7 +16,7 @@ import pieces
 from links import Broken, StepAborted
 from pieces import Values, mix
 from sim_gradient import Gradient
-from sim_groups import Groups, keepable, replica_groups
+from sim_groups import Groups, keepable, kept_through, replica_groups
 from sim_process import Mailbox, Process, Task, Wait
 from sim_report import step_done
 
@@ -73,6 +73,7 @@ class SimWorker:
         self._plans = PlanChain()
         self._inbox = Mailbox()
         self._in_model = False
+        self.awaits_plan = self.cold = True
         self._pending_gradient = Gradient()
         self.line = line
         self._thread = Task(self.process, self._life())
@@ -96,7 +97,7 @@ class SimWorker:
         if isinstance(message, Quiesce):
             self._quiesce = message
             if message.urgent:
-                self.groups.stop(keepable(self.plan, self.member, message.lost))
+                self.groups.stop(kept_through(message, self.plan, self.member))
         if isinstance(message, Adopt | PlanChange):
             self._plans.take(message)
             plan = self._plans.newest()
@@ -177,6 +178,7 @@ class SimWorker:
 
     def _await_plan(self) -> Generator[Wait, Any, Plan | None]:
         announced = self.generation
+        self.awaits_plan = self.cold = True
         while True:
             match (yield self._inbox.get):
                 case Quiesce() as quiesce:
@@ -207,7 +209,7 @@ class SimWorker:
             plan.generation >= self.answered,
             f"{self.member} acts on plan {plan.generation}, overtaken by {self.answered}",
         )
-        self.plan, self._in_model = plan, False
+        self.plan, self._in_model, self.awaits_plan = plan, False, False
         rank = [assignment.member for assignment in plan.participants].index(self.member)
         donates = rank >= len(plan.placement)
         yield self._sleep(0.1)
@@ -304,6 +306,7 @@ class SimWorker:
                 f"{self.member} is to apply step {self.session.step}, but is {self.session.point}",
             )
             self._commit(plan.apply_vote)
+            self.cold = True
         kept = plan.kept_from(replica) if has_state else 0
         self.clock.check(
             kept in (0, self.session.kept), "%s is told to keep what it lacks", self.member
@@ -323,6 +326,7 @@ class SimWorker:
         for piece, value in self.values.items():
             self.values[piece] = mix(value, step, vote[0])
         self.session = self.session.commit()
+        self.cold = False
         self.oracle.committed(self)
         now = self.clock.now
         assert self.plan is not None

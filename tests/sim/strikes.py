@@ -17,6 +17,7 @@ class Kind(StrEnum):
     FALSE_ALARM = "fence a worker that works"
     FLAP = "kill the workers of one device again and again"
     CUT = "break a worker's connections"
+    LOSE = "lose a result that a worker waits for"
     PARTITION = "cut nodes off from nodes"
     AGENT_KILL = "kill an agent"
     AGENT_STOP = "stop an agent"
@@ -29,7 +30,8 @@ class Kind(StrEnum):
     OUTAGE = "silence the store"
 
 
-_WORKERS = (Kind.KILL,) * 10 + (Kind.HANG,) * 3 + (Kind.FALSE_ALARM, Kind.CUT, Kind.CUT, Kind.FLAP)
+_WORKERS = (Kind.KILL,) * 10 + (Kind.HANG,) * 3 + (Kind.CUT, Kind.LOSE) * 2
+_WORKERS += (Kind.FALSE_ALARM, Kind.FLAP)
 _LEADER = (Kind.LEADER_KILL,) * 4 + (Kind.LEADER_STOP,) * 2 + (Kind.LEADER_CUT,)
 _REST = (
     Kind.PARTITION,

@@ -6,6 +6,7 @@ from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import sim_candidate
 from clock import Violation
@@ -24,14 +25,17 @@ from elastic.controller import Controller
 from elastic.effects import Effect, ForgetPlan, Phase
 from elastic.job import Job
 from elastic.membership import Membership
-from elastic.messages import Adopt, PlanChange, StoreMessage
+from elastic.messages import Adopt, AgentMessage, PlanChange, Quiesce, StoreMessage
+from elastic.node_news import NodeNews
 from elastic.plan import Plan
 from elastic.plan_chain import publication
 from elastic.recorded import Recorded, read_messages
 from elastic.session import Resume, Standing, StepPoint, decide_resume
+from elastic.stalls import Stalls
 from elastic.store import Guard
 from elastic.topology import Coordinate, Member
 from health.classify import Signal
+from health.liveness import Stalled
 from ntp.geometry import SlotRef
 from ntp.reshard_plan import Move, ReshardPlan, plan_reshard
 
@@ -372,3 +376,59 @@ def test_ranks_that_shrink_a_group_by_what_each_sees_of_it_are_found(
 
     monkeypatch.setattr(Groups, "shrinking", by_own_end)
     assert "and others make it anew" in first_violation()[0]
+
+
+def test_a_stall_of_one_node_that_suffices_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(stalls: Stalls, awaited: Collection[Member]) -> str | None:
+        return next((cause for m in awaited if (cause := causes(stalls, [m]))), None)
+
+    causes = Stalls.cause
+    monkeypatch.setattr(Stalls, "cause", one)
+    assert "everybody is said to wait, but" in first_violation()[0]
+
+
+def test_a_node_that_goes_on_and_is_not_believed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take(stalls: Stalls, node: int, stall: Stalled | None) -> None:
+        if stall is not None:
+            taken(stalls, node, stall)
+
+    taken = Stalls.take
+    monkeypatch.setattr(Stalls, "take", take)
+    assert "everybody is said to wait, but" in first_violation()[0]
+
+
+def test_a_stall_that_counts_after_its_generation_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def judge(news: NodeNews, stall: Stalled | None) -> bool:
+        """Words of a stall outlive it by much: its generation alone tells that it is over."""
+        return stall is not None and judged(news, stall)
+
+    def take(stalls: Stalls, node: int, stall: Stalled | None) -> None:
+        if stall is not None:
+            stalls._stalled[node] = stall
+
+    judged = NodeNews.judge
+    monkeypatch.setattr(NodeNews, "judge", judge)
+    monkeypatch.setattr(Stalls, "take", take)
+    assert "everybody is said to wait, but" in first_violation()[0]
+
+
+def test_a_stall_that_nobody_breaks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "break_stall", lambda job, now: [])
+    assert "is left waiting" in first_violation()[0]
+
+
+def test_a_group_that_is_kept_although_everybody_waits_in_it_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hear = SimWorker.hear
+
+    def keep(worker: SimWorker, message: AgentMessage) -> None:
+        if isinstance(message, Quiesce):
+            message = msgspec.structs.replace(message, sever_all=False)
+        hear(worker, message)
+
+    monkeypatch.setattr(SimWorker, "hear", keep)
+    found = first_violation()[0]
+    assert "is fenced, but works" in found or "is left waiting" in found

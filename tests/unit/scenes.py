@@ -49,11 +49,13 @@ from elastic.notes import EntryId, entry_id
 from elastic.plan import Plan
 from elastic.recorded import read_messages
 from elastic.session import Session, Standing, standing
-from elastic.topology import DeviceId, Member
+from elastic.topology import INCARNATIONS_PER_LIFE, DeviceId, Member
 from elastic.worker_status import fresh_status, summed_up
 from health.classify import ProcessExited, StoppedAnswering, classify
 from health.events import FailureEvent
-from health.policy import QuarantinePolicy
+from health.heartbeat import Activity
+from health.liveness import Stalled
+from health.policy import Deadline, QuarantinePolicy
 from ntp.atoms import AtomCounts, AtomSizes
 from ntp.geometry import SlotRef
 
@@ -185,11 +187,11 @@ class Stage:
         match event:
             case Failed():
                 self.stored[key_of("job", event)] = event
-            case NodeProgress(node, notes):
+            case NodeProgress(node, notes, _, stall):
                 for note in notes:
                     known = self._statuses.get(note.member, fresh_status(note.member))
                     self._statuses[note.member] = summed_up(known, note)
-                summed = NodeProgress(node, notes, tuple(self._statuses.values()))
+                summed = NodeProgress(node, notes, tuple(self._statuses.values()), stall)
                 self.stored[key_of("job", summed)] = summed
             case AgentRecord() | NodeReport() | NodeAlive() | ComponentFault():
                 self.stored[key_of("job", event)] = event
@@ -223,6 +225,10 @@ class Stage:
             AgentRecord(node, self._lives[node], devices, members, f"node{node}:7", draining),
         )
 
+    def newcomers(self, node: int) -> dict[Member, Session | None]:
+        """The ready workers of a node, which hold no state."""
+        return {member: None for device, member in self._ready.items() if device.node == node}
+
     def drains(self, node: int) -> list[Effect]:
         self._draining.add(node)
         return self.ready(node)
@@ -237,14 +243,18 @@ class Stage:
         return self.handle(f"{member} failed: {failure.kind}", Failed(failure, None, None, None))
 
     def answers(
-        self, sessions: Mapping[Member, Session | None], *, generation: int | None = None
+        self,
+        sessions: Mapping[Member, Session | None],
+        *,
+        generation: int | None = None,
+        intact: bool = True,
     ) -> list[Effect]:
         """One report a node; None: the worker holds no state. All hold the newest layout."""
         effects: list[Effect] = []
         generation = generation or self.controller.generation
         for node in sorted({member.device.node for member in sessions}):
             workers = tuple(
-                Quiesced(generation, member, self._standing(member, session), True, self.now)
+                Quiesced(generation, member, self._standing(member, session), intact, self.now)
                 for member, session in sessions.items()
                 if member.device.node == node
             )
@@ -288,6 +298,23 @@ class Stage:
         note = ConnectionLost(generation, member, "closed by peer")
         return self.handle(f"{member} lost a connection in {generation}", NodeProgress(0, (note,)))
 
+    def stalled(self, node: int, generation: int, seconds: float = 11.0) -> list[Effect]:
+        """A worker of `node` waits that long, and no other there can go on."""
+        stall = Stalled(
+            device=DeviceId(node, 0),
+            incarnation=1,
+            activity=Activity.GRADIENT_SYNC,
+            step=4,
+            generation=generation,
+            waiting_seconds=seconds,
+            deadline=Deadline(10.0, "floor"),
+        )
+        text = f"node{node} is stalled in {generation} for {seconds:g} s"
+        return self.handle(text, NodeProgress(node, (), (), stall))
+
+    def goes_on(self, node: int) -> list[Effect]:
+        return self.handle(f"node{node} goes on", NodeProgress(node, ()))
+
     def node_lost(self, node: int) -> list[Effect]:
         self._ready = {d: m for d, m in self._ready.items() if d.node != node}
         return self.handle(f"node{node} is gone", NodeLost(node, "its agent's lease ended"))
@@ -304,7 +331,8 @@ class Stage:
             f"the agent of node{node} answers", NodeAlive(self.controller.generation, node)
         )
 
-    def node_returns(self, node: int, incarnation: int) -> list[Effect]:
+    def node_returns(self, node: int) -> list[Effect]:
+        incarnation = self._lives[node] * INCARNATIONS_PER_LIFE + 1
         self._lives[node] += 1
         self._draining.discard(node)
         for device in self.devices:
@@ -349,8 +377,9 @@ def listed(members: Iterable[Member]) -> str:
 def effect_text(effect: Effect, plan: Plan | None) -> str:
     """`plan` is the newest one."""
     match effect:
-        case Send(Quiesce(generation, urgent, lost, _, ask_agents)):
+        case Send(Quiesce(generation, urgent, lost, _, ask_agents, sever_all)):
             asked = ", agents are to answer" if ask_agents else ""
+            asked += ", no group is kept" if sever_all else ""
             how = "now" if urgent else "gently"
             return f"send quiesce {generation} {how}, lost {listed(lost)}{asked}"
         case Send(Adopt() | PlanChange()):

@@ -23,6 +23,7 @@ from elastic.messages import (
     Adopt,
     AgentMessage,
     AgentRecord,
+    Beat,
     Failed,
     FaultFired,
     Fence,
@@ -46,6 +47,7 @@ from elastic.plan_chain import publication
 from elastic.store import Change
 from elastic.topology import DeviceId, Member
 from health.events import FaultKind
+from health.heartbeat import Activity, Heartbeat, Span
 
 FAULTS = tuple(
     Fault(number, 3, None, None, SlotTarget(0, 0), FaultInjection.SIGKILL, 0) for number in (1, 2)
@@ -60,6 +62,7 @@ class Process:
     def __init__(self, spec: WorkerSpec) -> None:
         self.connection, self.line = Pipe()
         self.process = self
+        self.pid = os.getpid()
         self.exitcode: int | None = None
         self.sentinel, self._end = os.pipe()
         self.spec = spec
@@ -146,10 +149,13 @@ def with_node(
     *,
     drain_timeout_seconds: float = 60.0,
     report_seconds: float = 60.0,
+    heartbeat_seconds: float = 0.25,
 ) -> Departure:
     async def main() -> Departure:
         health = HealthConfig(
-            drain_timeout_seconds=drain_timeout_seconds, report_seconds=report_seconds
+            drain_timeout_seconds=drain_timeout_seconds,
+            report_seconds=report_seconds,
+            heartbeat_seconds=heartbeat_seconds,
         )
         node = Node(tmp_path, health)
         serving = node.serving = asyncio.create_task(node.agent.run())
@@ -290,6 +296,30 @@ def test_what_nobody_waits_for_is_said_with_what_somebody_does(tmp_path: Path) -
         }
 
     with_node(tmp_path, story)
+
+
+def beat(node: Node, slot: int, waiting: float | None) -> Beat:
+    span = Span(Activity.VOTE, 4, 1, cold=False, own_seconds=0.0, longest_wait_seconds=0.0)
+    return Beat(Heartbeat(node.devices[slot], 1, span, waiting, ()))
+
+
+def test_that_nobody_can_go_on_is_said_at_once_and_also_that_somebody_can(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        first, second = (node.spawner.workers[device] for device in node.devices)
+        second.say(beat(node, 1, waiting=200.0))
+        first.say(beat(node, 0, waiting=300.0))
+        progress = await node.written(is_progress)
+        assert (progress.node, progress.notes) == (0, ())
+        stall = progress.stall
+        assert (stall.device, stall.activity, stall.generation) == (
+            node.devices[0],
+            Activity.VOTE,
+            1,
+        )
+        second.say(beat(node, 1, waiting=None))
+        assert (await node.written(is_progress)).stall is None
+
+    with_node(tmp_path, story, heartbeat_seconds=0.02)
 
 
 def test_an_agent_that_is_not_let_go_leaves_when_its_time_is_over(tmp_path: Path) -> None:

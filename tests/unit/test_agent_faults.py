@@ -41,13 +41,13 @@ def test_a_node_that_a_fault_took_is_put_down_to_it(stage: Stage) -> None:
 def test_a_fault_says_nothing_of_a_later_life(stage: Stage) -> None:
     strike(stage, life=1)
     assert blamed(stage.node_lost(1)) == [(4, 2)] * 2
-    stage.node_returns(1, 11)
+    stage.node_returns(1)
     assert blamed(stage.node_lost(1)) == [(None, 1)] * 2
 
 
 def test_a_fault_whose_loss_nobody_saw_says_nothing_of_a_later_life(stage: Stage) -> None:
     strike(stage, life=1)
-    stage.node_returns(1, 11)
+    stage.node_returns(1)
     assert blamed(stage.node_lost(1)) == [(None, 1)] * 2
 
 

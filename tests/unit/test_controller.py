@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scenes import LIMITS, Stage, committed, failure_of, job_shape, keeping, prepared
+from scenes import LIMITS, SECOND_LIFE, Stage, committed, failure_of, job_shape, keeping, prepared
 
 from elastic import job as job_module
 from elastic.controller import _TABLE, ProtocolError
@@ -211,6 +211,26 @@ def connection_lost_with_culprit() -> Stage:
     return stage
 
 
+def stalled_collective() -> Stage:
+    stage = running()
+    stage.steps(3)
+    stage.now += 12
+    stage.stalled(0, 1, 11.0)
+    assert stage.wait(1) == []
+    stage.goes_on(0)
+    stage.stalled(1, 1, 12.0)
+    assert stage.wait(1) == []
+    stage.stalled(0, 1, 10.5)
+    stage.wait(0.1)
+    for node in (0, 1):
+        stage.node_alive(node)
+    stage.answers({member: committed(3) for member in stage.placed}, intact=False)
+    stage.phases()
+    assert (stage.plan.generation, stage.plan.action) == (2, Action.CONTINUE)
+    assert len(stage.placed) == 4 and stage.plan.kept_replicas == ()
+    return stage
+
+
 def worker_that_never_answers() -> Stage:
     stage = running()
     lost, silent = stage.member(0, 0), stage.member(1, 1)
@@ -313,8 +333,10 @@ def node_lost_and_back() -> Stage:
     stage.answers({m: prepared(0) for m in stage.placed if m.device.node == 0})
     assert stage.plan.action is Action.DROP_REPLICA
     stage.phases()
-    stage.node_returns(1, 11)
-    newcomers: dict[Member, Session | None] = {stage.member(1, index, 11): None for index in (0, 1)}
+    stage.node_returns(1)
+    newcomers: dict[Member, Session | None] = {
+        stage.member(1, index, SECOND_LIFE): None for index in (0, 1)
+    }
     stage.answers({m: committed(0) for m in stage.placed} | newcomers)
     assert stage.plan.degrees() == ((2,), (2,))
     return stage
@@ -322,10 +344,10 @@ def node_lost_and_back() -> Stage:
 
 def agent_that_began_anew_unseen() -> Stage:
     stage = running()
-    stage.node_returns(1, 11)
+    stage.node_returns(1)
     stage.answers({m: prepared(0) for m in stage.placed if m.device.node == 0})
     assert stage.plan.action is Action.CONTINUE
-    assert stage.member(1, 0, 11) in stage.placed
+    assert stage.newcomers(1).keys() <= set(stage.placed)
     return stage
 
 
@@ -350,9 +372,11 @@ def agent_gone_and_back() -> Stage:
     stage.answers({m: prepared(0) for m in stage.placed if m.device.node == 0})
     assert stage.plan.action is Action.DROP_REPLICA
     stage.phases()
-    stage.node_returns(1, 11)
+    stage.node_returns(1)
     assert stage.agent_gone(1, life=1) == [], "an earlier life's end says nothing of this one"
-    newcomers: dict[Member, Session | None] = {stage.member(1, index, 11): None for index in (0, 1)}
+    newcomers: dict[Member, Session | None] = {
+        stage.member(1, index, SECOND_LIFE): None for index in (0, 1)
+    }
     stage.answers({m: committed(0) for m in stage.placed} | newcomers)
     assert stage.plan.degrees() == ((2,), (2,))
     return stage
@@ -386,8 +410,10 @@ def node_that_drains_and_returns() -> Stage:
     stage.steps(2)
     stage.node_lost(1)
     assert stage.effects == []
-    stage.node_returns(1, 11)
-    newcomers: dict[Member, Session | None] = {stage.member(1, index, 11): None for index in (0, 1)}
+    stage.node_returns(1)
+    newcomers: dict[Member, Session | None] = {
+        stage.member(1, index, SECOND_LIFE): None for index in (0, 1)
+    }
     stage.answers({m: committed(3) for m in stage.placed} | newcomers)
     assert stage.plan.degrees() == ((2,), (2,))
     stage.phases()
@@ -445,8 +471,10 @@ def drain_that_waits_for_others() -> Stage:
     stage.phases()
     stage.drains(1)
     assert stage.controller.phase is Phase.RUNNING and len(stage.effects) == 1
-    stage.node_returns(0, 11)
-    newcomers: dict[Member, Session | None] = {stage.member(0, index, 11): None for index in (0, 1)}
+    stage.node_returns(0)
+    newcomers: dict[Member, Session | None] = {
+        stage.member(0, index, SECOND_LIFE): None for index in (0, 1)
+    }
     stage.answers({m: committed(4) for m in stage.placed} | newcomers)
     assert {m.device.node for m in stage.placed} == {0} and not stage.plan.redone
     stage.phases()
@@ -460,7 +488,7 @@ def node_that_drains_before_the_start() -> Stage:
     stage.drains(1)
     assert Send(Leave(1, 1)) in stage.effects and stage.controller.plan is None
     stage.node_lost(1)
-    stage.node_returns(1, 11)
+    stage.node_returns(1)
     assert stage.plan.degrees() == ((2,), (2,))
     return stage
 
@@ -512,6 +540,7 @@ SCENARIOS = (
     kill_while_rebuilding,
     connection_lost_without_culprit,
     connection_lost_with_culprit,
+    stalled_collective,
     worker_that_never_answers,
     spawn_timeout,
     spares_begin_for_a_late_node,

@@ -24,6 +24,7 @@ class Diary:
 
     activity: Activity
     step: int
+    generation: int
     cold: bool
     seconds: list[int | None] = field(default_factory=list)
 
@@ -32,6 +33,7 @@ class Diary:
         return Span(
             self.activity,
             self.step,
+            self.generation,
             self.cold,
             float(self.seconds.count(None)),
             float(max((self.seconds.count(wait) for wait in waits), default=0)),
@@ -42,7 +44,7 @@ deeds = st.lists(
     st.one_of(
         st.integers(1, 9),
         st.sampled_from(["wait", "resume", "heartbeat"]),
-        st.tuples(st.sampled_from(Activity), st.integers(0, 9), st.booleans()),
+        st.tuples(st.sampled_from(Activity), st.integers(0, 9), st.integers(1, 3), st.booleans()),
     ),
     max_size=60,
 )
@@ -53,11 +55,11 @@ deeds = st.lists(
 @example(["wait", 5, "resume", 1, "wait", 2, "resume"])
 @example(["wait", 5, "wait", 2, "resume", 3, "heartbeat", "resume", 1])
 def test_own_time_and_waits_are_those_of_a_diary(
-    deeds: list[int | str | tuple[Activity, int, bool]],
+    deeds: list[int | str | tuple[Activity, int, int, bool]],
 ) -> None:
     now, depth, wait = 100, 0, 0
     log = ActivityLog(DEVICE, 3, float(now))
-    diary = Diary(Activity.AWAITING_PLAN, 0, True)
+    diary = Diary(Activity.AWAITING_PLAN, 0, 0, True)
     finished: list[Span] = []
     for deed in [*deeds, "heartbeat"]:
         match deed:
@@ -71,10 +73,10 @@ def test_own_time_and_waits_are_those_of_a_diary(
             case "resume" if depth:
                 depth -= 1
                 log.resume(float(now))
-            case (activity, step, cold) if not depth:
+            case (activity, step, generation, cold) if not depth:
                 finished.append(diary.span())
-                diary = Diary(activity, step, cold)
-                log.begin(activity, step, float(now), cold=cold)
+                diary = Diary(activity, step, generation, cold)
+                log.begin(activity, step, float(now), generation=generation, cold=cold)
             case "heartbeat":
                 waiting = float(diary.seconds.count(wait)) if depth else None
                 current = diary.span(wait if depth else None)
@@ -85,8 +87,8 @@ def test_own_time_and_waits_are_those_of_a_diary(
 
 def test_finished_spans_are_handed_out_once() -> None:
     log = ActivityLog(DEVICE, 1, 0.0)
-    log.begin(Activity.COMPUTING, 4, 1.0, cold=False)
-    log.begin(Activity.VOTE, 4, 3.0, cold=False)
+    log.begin(Activity.COMPUTING, 4, 1.0, generation=1, cold=False)
+    log.begin(Activity.VOTE, 4, 3.0, generation=1, cold=False)
     assert [span.activity for span in log.heartbeat(3.5).finished] == [
         Activity.AWAITING_PLAN,
         Activity.COMPUTING,
@@ -97,7 +99,7 @@ def test_finished_spans_are_handed_out_once() -> None:
 def test_what_nobody_fetches_is_kept_only_as_far_as_it_can_matter() -> None:
     log = ActivityLog(DEVICE, 1, 0.0)
     for step in range(10_000):
-        log.begin(Activity.COMPUTING, step, float(step), cold=False)
+        log.begin(Activity.COMPUTING, step, float(step), generation=1, cold=False)
     finished = log.heartbeat(10_000.0).finished
     assert len(finished) == RECENT_SPANS * len(Activity)
     assert finished[-1].step == 9_998
@@ -107,7 +109,7 @@ def test_an_activity_cannot_end_inside_a_wait() -> None:
     log = ActivityLog(DEVICE, 1, 0.0)
     log.wait(1.0)
     with pytest.raises(AssertionError, match="awaiting_plan ended inside a wait"):
-        log.begin(Activity.COMPUTING, 0, 2.0, cold=True)
+        log.begin(Activity.COMPUTING, 0, 2.0, generation=1, cold=True)
     log.resume(2.0)
     with pytest.raises(AssertionError, match="resumed without a wait"):
         log.resume(2.0)

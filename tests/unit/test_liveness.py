@@ -40,8 +40,9 @@ def beat(
     cold: bool = False,
     finished: Sequence[Span] = (),
     incarnation: int = 1,
+    generation: int = 3,
 ) -> Heartbeat:
-    current = Span(activity, 7, cold, own, 0.0)
+    current = Span(activity, 7, generation, cold, own, 0.0)
     return Heartbeat(device, incarnation, current, waiting, tuple(finished))
 
 
@@ -52,7 +53,7 @@ def span(
     longest_wait: float = 0.0,
     cold: bool = False,
 ) -> Span:
-    return Span(activity, 6, cold, own, longest_wait)
+    return Span(activity, 6, 3, cold, own, longest_wait)
 
 
 def watch(*devices: DeviceId) -> Liveness:
@@ -151,8 +152,7 @@ def test_silence_is_judged_as_by_one_who_remembers_everything(
 def look_until(liveness: Liveness, now: float, end: float) -> tuple[list[Signal], float]:
     """Look whenever a look is due, until something is found or `end`."""
     while now < end:
-        deadline = liveness.next_deadline(now)
-        now = end if deadline is None else min(deadline, end)
+        now = min(now + POLICY.heartbeat_seconds, end)
         if found := liveness.expired(now, ()):
             return found, now
     return [], now
@@ -211,7 +211,7 @@ def test_a_stopped_process_is_found_long_before_the_limit_of_silence() -> None:
         if now == 0.0:
             liveness.observe(beat(FIRST), now)
         found = liveness.expired(now, {FIRST})
-        now = liveness.next_deadline(now) or now
+        now += POLICY.heartbeat_seconds
     assert found == [Stopped(FIRST, 1, stopped_seconds=0.5, silent_seconds=0.5)]
 
 
@@ -235,7 +235,6 @@ def test_a_process_that_hangs_while_it_starts_is_found_too() -> None:
 def test_a_signal_is_given_once() -> None:
     liveness = watch(FIRST)
     assert len(look_until(liveness, 0.0, 100.0)[0]) == 1
-    assert liveness.next_deadline(8.0) is None
     assert liveness.expired(100.0, {FIRST}) == []
 
 
@@ -263,6 +262,7 @@ spans = st.builds(
     Span,
     st.sampled_from([Activity.COMPUTING, Activity.VOTE]),
     st.integers(0, 9),
+    st.just(3),
     st.sampled_from([False, False, False, True]),
     seconds,
     seconds,
@@ -275,6 +275,7 @@ heartbeats = st.builds(
         Span,
         st.sampled_from([Activity.COMPUTING, Activity.VOTE, Activity.AWAITING_PLAN]),
         st.integers(0, 9),
+        st.just(3),
         st.booleans(),
         st.integers(0, 90).map(float),
         seconds,
@@ -303,7 +304,6 @@ def test_progress_and_stalls_are_judged_as_by_one_who_remembers_everything(
     finished: dict[DeviceId, list[Span]] = {device: [] for device in DEVICES}
     newest: dict[DeviceId, Heartbeat] = {}
     gone: set[DeviceId] = set()
-    stuck = False
     for heartbeat in story:
         device, current = heartbeat.device, heartbeat.current
         signals = asked(liveness, heartbeat)
@@ -326,18 +326,13 @@ def test_progress_and_stalls_are_judged_as_by_one_who_remembers_everything(
             for device, each in newest.items()
             if each.current.activity is not Activity.AWAITING_PLAN
         }
-        before, stuck = (
-            stuck,
-            bool(placed)
-            and all(
-                each.waiting_seconds is not None
-                and each.waiting_seconds
-                > limit(each.current, finished[device], "longest_wait_seconds")
-                for device, each in placed.items()
-            ),
+        stuck = bool(placed) and all(
+            each.waiting_seconds is not None
+            and each.waiting_seconds > limit(each.current, finished[device], "longest_wait_seconds")
+            for device, each in placed.items()
         )
         stall = liveness.stalled()
-        assert (stall is not None) == (stuck and not before)
+        assert (stall is not None) == (stuck and not gone)
         if stall is not None:
             waits = [each.waiting_seconds or 0.0 for each in placed.values()]
             assert stall.waiting_seconds == max(waits)
@@ -393,21 +388,47 @@ def test_only_recent_durations_count(short: int, failures: int) -> None:
     assert len(asked(liveness, beat(own=11.0, finished=finished))) == failures
 
 
-def test_a_stall_is_told_once_in_each_episode() -> None:
+def test_a_node_is_stalled_while_all_of_its_workers_wait_for_too_long() -> None:
     liveness = watch(*DEVICES)
     learned = [span(0.1, longest_wait=5.0)]
     stuck = [beat(device, waiting=21.0 + device.index, finished=learned) for device in DEVICES]
     assert asked(liveness, *stuck[:2], beat(DEVICES[2], waiting=60.0)) == []
     assert liveness.stalled() is None
     assert asked(liveness, stuck[2]) == []
-    stall = liveness.stalled()
     deadline = Deadline(20.0, "4 x the longest of the last 1, 5 s")
-    assert stall == Stalled(DEVICES[2], 1, Activity.COMPUTING, 7, 23.0, deadline)
-    assert liveness.stalled() is None
+    stall = Stalled(DEVICES[2], 1, Activity.COMPUTING, 7, 3, 23.0, deadline)
+    assert liveness.stalled() == liveness.stalled() == stall
     assert asked(liveness, beat(FIRST, waiting=0.5)) == []
     assert liveness.stalled() is None
     assert asked(liveness, stuck[0]) == []
+    assert liveness.stalled() == stall
+
+
+def test_a_node_is_not_stalled_until_whoever_is_to_be_killed_there_has_ended() -> None:
+    liveness = watch(FIRST, DEVICES[1])
+    assert asked(liveness, beat(DEVICES[1], waiting=61.0), beat(FIRST, own=61.0))
+    assert liveness.stalled() is None
+    liveness.ended(FIRST, 1)
     assert liveness.stalled() is not None
+
+
+def test_a_node_is_not_stalled_while_somebody_there_is_silent() -> None:
+    liveness = watch(FIRST, DEVICES[1])
+    asked(liveness, beat(FIRST, waiting=61.0), beat(DEVICES[1], waiting=61.0))
+    assert look_until(liveness, 0.0, 0.5) == ([], 0.5)
+    assert liveness.stalled() is not None
+    liveness.observe(beat(DEVICES[1], waiting=61.75), 0.75)
+    assert liveness.stalled() is None
+    liveness.observe(beat(FIRST, waiting=61.75), 0.75)
+    assert liveness.stalled() is not None
+
+
+def test_a_stall_is_of_the_oldest_generation_that_anybody_waits_in() -> None:
+    liveness = watch(FIRST, DEVICES[1])
+    asked(liveness, beat(FIRST, waiting=90.0, generation=5), beat(DEVICES[1], waiting=61.0))
+    stall = liveness.stalled()
+    assert stall is not None
+    assert (stall.device, stall.generation, stall.waiting_seconds) == (DEVICES[1], 3, 61.0)
 
 
 def test_a_spare_worker_does_not_hide_a_stall() -> None:
