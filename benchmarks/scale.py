@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.common import progress, run_main
 from benchmarks.uneven import SHAPE
+from elastic.answers import Answers
 from elastic.controller import Controller
 from elastic.effects import Effect, Event, Limits, Note, Send
 from elastic.health_config import HealthConfig
@@ -267,7 +268,7 @@ def _fail(job: Job, number: int) -> Failure:
     situation = Situation(
         generation=generation,
         workers={d: Member(d, n) for d, n in job.incarnations.items() if n},
-        answers=answers,
+        answers=Answers(answers.values()),
         history=history,
         rendezvous=job.plan.rendezvous,
         homes={a.coordinate: a.member.device for a in history[1].placement},

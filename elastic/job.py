@@ -16,7 +16,7 @@ from elastic.membership import Membership
 from elastic.messages import Failed, Leave, PhaseDone, Quiesce, RecoveryPhase, Stop, WholePlan
 from elastic.notes import failure_note, plan_note
 from elastic.pace import PaceLog
-from elastic.plan import NoPlan, Plan
+from elastic.plan import NoPlan, Plan, changed_rows
 from elastic.plan_chain import KEPT_PLANS, publication
 from elastic.planner import (
     JobShape,
@@ -52,7 +52,8 @@ class Job:
         self.generation = max(1, recorded.generation)
         self.plans: dict[int, Plan] = dict(recorded.plans)
         self._placed, self._participants = _members(self.plan)
-        self.commits = CommitLog(self._placed, recorded.committed, shape.steps - 1)
+        known = {m: step for m, step in recorded.committed.items() if m in self._placed}
+        self.commits = CommitLog(self._placed, known, shape.steps - 1)
         self.members = Membership(devices, home_devices(shape, devices))
         self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
@@ -152,20 +153,21 @@ class Job:
         plan = plan_generation(self.shape, self._situation(now))
         if isinstance(plan, NoPlan):
             return self.halt(plan.reason)
-        alive = self.members.alive()
-        steps = self.commits.steps
-        committed = max((steps[m] for m in alive & steps.keys()), default=-1)
+        committed = max(answers.committed.values(), default=-1)
         published, before = publication(self.plans, plan), self.plan
         self.plans[self.generation] = plan
         self._placed, self._participants = _members(plan)
         self.phase = Phase.REBUILDING
         self.adoption = Adoption(self.generation, self.involved())
-        held = {m: each.standing.committed for m, each in answers.items() if each.standing}
+        left = _left(before, plan) if before else ()
+        held = answers.committed
+        for member in left:
+            held.pop(member, None)
         self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
         effects: list[Effect] = [Send(published)]
-        if answers:
-            stopped_at = max(answer.at for answer in answers.values())
-            quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
+        if answers.by_member:
+            done_at = answers.last_at
+            quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": done_at}
             effects.append(Note("phase_done", quiesced))
         lost_steps = max(0, committed + 1 - plan.resume_step)
         return [*effects, plan_note(plan, before, self.shape.sizes, lost_steps)]
@@ -273,7 +275,7 @@ class Job:
 
     def complete_if_done(self) -> list[Effect]:
         """End the job if everybody committed the last step."""
-        if not self._placed or self.commits.behind:
+        if not self.commits.complete:
             return []
         self.phase = Phase.COMPLETED
         reason = f"all {self.shape.steps} steps are committed"
@@ -301,8 +303,16 @@ class Job:
 
 def _members(plan: Plan | None) -> tuple[frozenset[Member], frozenset[Member]]:
     """The workers that `plan` places, and all that take part in the change to it."""
-    placed = frozenset(map(itemgetter(1), plan.placement)) if plan else frozenset()
-    return placed, placed.union(map(itemgetter(1), plan.donors)) if plan else placed
+    if plan is None:
+        return frozenset(), frozenset()
+    return plan.members.difference(map(itemgetter(1), plan.donors)), plan.members
+
+
+def _left(before: Plan, plan: Plan) -> set[Member]:
+    """Who took part in the plan before, and has no place any more."""
+    changed = changed_rows(before, plan)
+    old, new = ({m for r in changed for _, m in each.rows().get(r, ())} for each in (before, plan))
+    return old.union(map(itemgetter(1), before.donors)) - new
 
 
 def end(outcome: str, reason: str) -> list[Effect]:

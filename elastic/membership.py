@@ -122,8 +122,8 @@ class Membership:
     def rendezvous(self) -> str:
         """host:port of the rendezvous store to use: that of the first node with a ready worker,
         if possible of one that stays."""
-        nodes = {device.node for device in self._ready} & self._agents.keys()
-        if not nodes:
-            return ""
-        node = min(nodes - self._draining.keys() or nodes)
-        return self._agents[node].rendezvous
+        for node in sorted(self._agents, key=lambda node: (node in self._draining, node)):
+            agent = self._agents[node]
+            if not self._ready.keys().isdisjoint(agent.devices):
+                return agent.rendezvous
+        return ""

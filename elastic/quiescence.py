@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from elastic.messages import NodeReport, Quiesced
+from elastic.answers import Answers
+from elastic.messages import NodeReport
 from elastic.topology import Member
 
 
@@ -20,7 +21,7 @@ class Quiescence:
 
     def __init__(self, awaited: Iterable[Member], deadline: float) -> None:
         self.awaited = set(awaited)
-        self.answers: dict[Member, Quiesced] = {}
+        self.answers = Answers()
         self._deadline = deadline
         self._silent: set[int] = set()
         self._silence_deadline = math.inf
@@ -33,7 +34,7 @@ class Quiescence:
         """A node's answers. Those of workers that are not awaited, or not any more, are dropped."""
         for answer in report.workers:
             if answer.member in self.awaited:
-                self.answers[answer.member] = answer
+                self.answers.take(answer)
                 self.awaited.discard(answer.member)
         self.hear(report.node)
 

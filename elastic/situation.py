@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from elastic.messages import Quiesced
+from elastic.answers import Answers
 from elastic.pace import Pace
 from elastic.plan import Plan
 from elastic.topology import Coordinate, DeviceId, Member
@@ -32,7 +32,7 @@ class Situation:
 
     generation: int
     workers: Mapping[DeviceId, Member]
-    answers: Mapping[Member, Quiesced]
+    answers: Answers
     history: Mapping[int, Plan]
     rendezvous: str
     homes: Mapping[Coordinate, DeviceId]
