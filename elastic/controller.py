@@ -58,7 +58,6 @@ from elastic.messages import (
 )
 from elastic.notes import component_fault_note, fault_note
 from elastic.plan import Plan
-from elastic.quiescence import Quiescence
 from elastic.recorded import NOTHING_RECORDED, Recorded
 from elastic.topology import DeviceId, Member
 from health.classify import NodeGone, classify
@@ -105,11 +104,8 @@ class Controller:
             fields = {"generation": self._job.generation, "step": self._job.step_in_flight()}
             effects.append(Note("took_over", fields))
         if recorded.announced is not None:
-            patience = self._job.patience(urgent=recorded.announced.urgent)
-            awaited = self._job.involved() & members.alive()
-            self._job.quiescence = Quiescence(awaited, now + patience)
-            if recorded.announced.ask_agents:
-                self._job.ask_agents(now)
+            announced = recorded.announced
+            self._job.quiesce(now, urgent=announced.urgent, ask_agents=announced.ask_agents)
             for report in recorded.reports:
                 self._job.quiescence.take(report)
             for node in recorded.heard:

@@ -87,7 +87,10 @@ def _survivors(situation: Situation) -> tuple[list[tuple[Standing, int]], set[Me
 def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
     """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
     answers, quarantined = situation.answers.by_member, situation.quarantined
-    lost = [each for each in source.placement if each[1] not in answers]
+    if source is situation.previous and situation.silent is not None:
+        lost = [each for each in source.placement if each[1] in situation.silent]
+    else:
+        lost = [each for each in source.placement if each[1] not in answers]
     if empty or quarantined:
         lost += [
             each
@@ -118,8 +121,9 @@ def free_workers(
     """Workers that hold none of the state that is used."""
     assert state.source is not None
     placement, answers = state.source.placement, situation.answers.by_member
-    free: list[Member] = []
-    if situation.quarantined or situation.leaving or len(workers) > len(answers):
+    if situation.idle is not None:
+        free = [member for member in situation.idle if workers.get(member.device) == member]
+    else:
         free = [member for member in workers.values() if member not in answers]
     if len(answers) > len(placement) - len(state.lost):
         holding = set(map(itemgetter(1), placement)).difference(map(itemgetter(1), state.lost))

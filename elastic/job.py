@@ -126,14 +126,10 @@ class Job:
                 f"{cause}, after {self.limits.max_fruitless_recoveries} recoveries in a row "
                 "without a committed step; the journal and the workers' logs say what fails again"
             )
-        alive = self.members.alive()
-        involved = self.involved()
         self.phase = Phase.QUIESCING
-        self.quiescence = Quiescence(involved & alive, now + self.patience(urgent=urgent))
-        if ask_agents:
-            self.ask_agents(now)
+        self.quiesce(now, urgent=urgent, ask_agents=ask_agents)
         reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
-        lost = tuple(sorted(involved - alive))
+        lost = tuple(sorted(self.quiescence.lost))
         quiesce = Quiesce(self.generation, urgent, lost, reason, ask_agents)
         fields = {
             "generation": self.generation,
@@ -143,6 +139,15 @@ class Job:
             "reason": reason,
         }
         return [Send(quiesce), Note("quiesce", fields), *self.plan_if_quiet(now)]
+
+    def quiesce(self, now: float, *, urgent: bool, ask_agents: bool) -> None:
+        """Wait for everybody involved that lives."""
+        alive, involved = self.members.alive(), self.involved()
+        deadline = now + self.patience(urgent=urgent)
+        self.quiescence = Quiescence(involved & alive, deadline, involved - alive)
+        self.members.employ(involved)
+        if ask_agents:
+            self.ask_agents(now)
 
     def plan_if_quiet(self, now: float) -> list[Effect]:
         """Plan the generation that was announced, once nobody is awaited any more."""
@@ -183,6 +188,8 @@ class Job:
             paces=self.pace.paces,
             quarantined=self._kept_out(now),
             leaving=self.members.leaving(),
+            silent=self.quiescence.lost,
+            idle=self.members.idle,
         )
 
     def _kept_out(self, now: float) -> frozenset[DeviceId]:

@@ -6,7 +6,7 @@ node still says of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from elastic.messages import AgentRecord
 from elastic.topology import Coordinate, DeviceId, Member
@@ -14,7 +14,8 @@ from elastic.topology import Coordinate, DeviceId, Member
 
 class Membership:
     """Book of members by device. `homes` are the devices that the grid's places prefer; devices
-    beyond them are spares. `changes` counts how often a worker became ready or went, or was to.
+    beyond them are spares. `changes` counts how often a worker became ready or went, or was to;
+    `idle` are the ready workers that were not employed when that was told last.
 
     A node whose agent drains is to be left. Once nothing of it is needed it is dismissed: its
     workers are gone then, whatever is still heard of that life of its agent.
@@ -23,6 +24,7 @@ class Membership:
     def __init__(self, devices: Iterable[DeviceId], homes: Mapping[Coordinate, DeviceId]) -> None:
         self.homes = homes
         self.changes = 0
+        self.idle: set[Member] = set()
         self._devices = frozenset(devices)
         self._ready: dict[DeviceId, Member] = {}
         self._preferred = frozenset(homes.values())
@@ -49,7 +51,9 @@ class Membership:
         for member in record.ready:
             is_new = member not in self._gone and self._ready.get(member.device) != member
             if is_new and member.device in self._devices:
+                self.idle.discard(self._ready.get(member.device, member))
                 self._ready[member.device] = member
+                self.idle.add(member)
                 self._missing.discard(member.device)
                 self.changes += 1
         return ended
@@ -59,9 +63,14 @@ class Membership:
         self._gone.add(member)
         if self._ready.get(member.device) == member:
             del self._ready[member.device]
+            self.idle.discard(member)
             if member.device in self._preferred:
                 self._missing.add(member.device)
             self.changes += 1
+
+    def employ(self, members: Set[Member]) -> None:
+        """These are at work, and nobody else is until it is told again."""
+        self.idle = self.alive() - members
 
     def remove_node(self, node: int) -> set[Member]:
         """The node's agent is gone, and its workers with it; returns those that were ready."""

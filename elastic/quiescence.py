@@ -17,10 +17,13 @@ from elastic.topology import Member
 
 
 class Quiescence:
-    """What one announcement waits for. Times are in seconds."""
+    """What one announcement waits for; who is `lost` cannot answer. Times are in seconds."""
 
-    def __init__(self, awaited: Iterable[Member], deadline: float) -> None:
+    def __init__(
+        self, awaited: Iterable[Member], deadline: float, lost: Iterable[Member] = ()
+    ) -> None:
         self.awaited = set(awaited)
+        self.lost = set(lost)
         self.answers = Answers()
         self._deadline = deadline
         self._silent: set[int] = set()
@@ -44,7 +47,9 @@ class Quiescence:
 
     def drop(self, member: Member) -> None:
         """Nothing will come from `member` any more."""
-        self.awaited.discard(member)
+        if member in self.awaited:
+            self.awaited.discard(member)
+            self.lost.add(member)
 
     def postpone(self, seconds: float) -> None:
         """Time passed in which nobody could report."""
