@@ -7,6 +7,7 @@ node still says of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
+from types import MappingProxyType
 
 from elastic.messages import AgentRecord
 from elastic.topology import Coordinate, DeviceId, Member
@@ -110,9 +111,9 @@ class Membership:
         """Whether the member is known to have failed, or to have ended with its node."""
         return member in self._gone
 
-    def workers(self) -> dict[DeviceId, Member]:
-        """The ready worker of each device that has one."""
-        return dict(self._ready)
+    def workers(self) -> Mapping[DeviceId, Member]:
+        """The ready worker of each device that has one, as of now and of later."""
+        return MappingProxyType(self._ready)
 
     def alive(self) -> set[Member]:
         """The ready workers themselves."""
@@ -131,7 +132,8 @@ class Membership:
     def rendezvous(self) -> str:
         """host:port of the rendezvous store to use: that of the first node with a ready worker,
         if possible of one that stays."""
-        for node in sorted(self._agents, key=lambda node: (node in self._draining, node)):
+        staying = self._agents.keys() - self._draining.keys()
+        for node in (*sorted(staying), *sorted(self._draining)):
             agent = self._agents[node]
             if not self._ready.keys().isdisjoint(agent.devices):
                 return agent.rendezvous

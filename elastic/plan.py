@@ -153,6 +153,8 @@ class Plan:
         """SHA-256 over the plan's canonical encoding."""
         told = {each.name: getattr(self, each.name) for each in fields(self)}
         told |= {name: _brief(told[name]) for name in ("layout", "source_layout")}
+        # The layout tells the places.
+        told["placement"] = list(map(itemgetter(1), self.placement))
         return hashlib.sha256(msgspec.json.encode(told)).hexdigest()
 
     @cached_property
