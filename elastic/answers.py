@@ -30,16 +30,17 @@ class Answers:
         for answer in answers:
             self.take(answer)
 
-    def take(self, answer: Quiesced) -> None:
-        """One more; of each worker the first one counts."""
-        if answer.member in self.by_member:
+    def take(self, answer: Quiesced, member: Member | None = None) -> None:
+        """One more; of each worker the first one counts. `member` is the answer's, or its equal."""
+        member = member or answer.member
+        if member in self.by_member:
             return
-        self.by_member[answer.member] = answer
+        self.by_member[member] = answer
         self.last_at = max(self.last_at, answer.at)
         held = None
         if answer.standing is not None:
             held = _HELD(answer.standing)
-            self.committed[answer.member] = answer.standing.committed
+            self.committed[member] = answer.standing.committed
         self._alike.setdefault((held, answer.replica_groups_intact), []).append(answer)
 
     @property

@@ -213,6 +213,8 @@ class Job:
         effects: list[Effect] = [Note("phase_done", fields)]
         if self.phase is Phase.RUNNING:
             self._ran = note.generation
+            # Nobody needs the answers any more, and letting go of so many takes its time.
+            self.quiescence = Quiescence((), 0.0)
             effects.append(Note("running", {"generation": note.generation}))
             effects += self._forget_plans()
         return effects
