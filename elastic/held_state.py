@@ -87,8 +87,9 @@ def _survivors(situation: Situation) -> tuple[list[tuple[Standing, int]], set[Me
 def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
     """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
     answers, quarantined = situation.answers.by_member, situation.quarantined
-    if source is situation.previous and situation.silent is not None:
-        lost = [each for each in source.placement if each[1] in situation.silent]
+    silent = situation.silent
+    if source is situation.previous and silent is not None:
+        lost = [each for each in source.placement if each[1] in silent]
     else:
         lost = [each for each in source.placement if each[1] not in answers]
     if empty or quarantined:
