@@ -37,12 +37,14 @@ class Adoption:
         self.generation = generation
         self.phase = Phase.REBUILDING
         self.suspicion: Suspicion | None = None
-        everybody = frozenset(involved)
-        self._awaited = {phase: set(everybody) for phase in RecoveryPhase}
+        self._involved = frozenset(involved)
+        self._awaited: dict[RecoveryPhase, set[Member]] = {}
         self._done_at = dict.fromkeys(RecoveryPhase, 0.0)
 
     def take(self, note: PhaseDone) -> float | None:
         """A worker finished a part; returns when the last one did, once all have."""
+        if note.phase not in self._awaited:
+            self._awaited[note.phase] = set(self._involved)
         awaited = self._awaited[note.phase]
         if note.member not in awaited:
             return None

@@ -140,5 +140,8 @@ def _without_vacancies(search: Search, taken: Crews) -> Iterator[Alternative]:
         why = f"{idle} idle workers are on other nodes, and cluster.tensor_across_nodes is off"
     else:
         why = f"{idle} idle workers gain nothing, or their memory is too small"
-    whole = {replica: crew._replace(degree=tensor) for replica, crew in taken.items()}
+    whole = {
+        replica: crew._replace(degree=tensor) if crew.degree < tensor else crew
+        for replica, crew in taken.items()
+    }
     yield Alternative(Action.SWAP_SPARE, search.throughput(whole), why)

@@ -59,7 +59,6 @@ from elastic.messages import (
 )
 from elastic.notes import EntryId, component_fault_note, entry_id, fault_note
 from elastic.plan import Plan
-from elastic.quiescence import Quiescence
 from elastic.recorded import NOTHING_RECORDED, Recorded
 from elastic.topology import DeviceId, Member
 from health.classify import NodeGone, classify
@@ -122,13 +121,10 @@ class Controller:
             fields = {"generation": self._job.generation, "step": self._job.step_in_flight()}
             effects.append(Note("took_over", fields))
         if recorded.announced is not None:
-            patience = self._job.patience(urgent=recorded.announced.urgent)
-            awaited = self._job.involved() & members.alive()
-            self._job.quiescence = Quiescence(awaited, now + patience)
-            if self._job.plans and not recorded.announced.sever_all:
+            announced = recorded.announced
+            self._job.quiesce(now, urgent=announced.urgent, ask_agents=announced.ask_agents)
+            if self._job.plans and not announced.sever_all:
                 self._job.watch_stalls()
-            if recorded.announced.ask_agents:
-                self._job.ask_agents(now)
             for report in recorded.reports:
                 self._job.quiescence.take(report)
             for node in recorded.heard:

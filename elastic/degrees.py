@@ -117,6 +117,8 @@ def without_returned(search: Search, present: Crews) -> Crews:
 def fitting(search: Search, crews: Crews) -> Crews:
     """`crews` without those replicas that memory does not allow."""
     shape, memory, roster = search.shape, search.memory, search.roster
+    if not memory.limit:
+        return crews
 
     def fits(replica: int, crew: Crew) -> bool:
         if not crew.wounded or not crew.degree:

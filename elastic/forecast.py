@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from elastic.answers import Answers
 from elastic.apportion import apportion
 from elastic.messages import Quiesced
 from elastic.plan import NoPlan, Plan
@@ -160,7 +161,7 @@ def forecast(
     """
     homes = home_devices(shape, devices)
     workers = {device: Member(device, 1) for device in devices}
-    before = plan_generation(shape, Situation(1, workers, {}, {}, "", homes))
+    before = plan_generation(shape, Situation(1, workers, Answers(), {}, "", homes))
     if isinstance(before, NoPlan):
         return before
     lost = {homes[place] for place in failed}
@@ -170,7 +171,7 @@ def forecast(
         for place, member in before.placement
         if member.device in left
     }
-    answers = {member: Quiesced(2, member, each, True, 0.0) for member, each in standings.items()}
+    answers = Answers(Quiesced(2, member, each, True, 0.0) for member, each in standings.items())
     after = plan_generation(shape, Situation(2, left, answers, {1: before}, "", homes))
     if isinstance(after, NoPlan):
         return after

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 
+from elastic.messages import Quiesced
 from elastic.plan import NoPlan, Plan, StateSource
 from elastic.session import Resume, Standing, UnrecoverableStep, decide_resume
 from elastic.situation import Situation
@@ -33,14 +34,14 @@ class State:
 
 def find_state(situation: Situation) -> State | NoPlan:
     """What the workers hold together."""
-    standings, empty = _standings(situation)
-    switched = any(map(attrgetter("layout_generation"), standings))
+    survivors, empty = _survivors(situation)
+    switched = any(standing.layout_generation for standing, _ in survivors)
     if not switched and _nothing_was_committed(situation):
         return State(StateSource.INITIALIZE, Resume(0, None, False, 0, "the job starts"))
-    if not standings:
+    if not survivors:
         return NoPlan("no survivor holds any state")
     try:
-        resume = decide_resume(standings)
+        resume = decide_resume([held for held, _ in survivors], [n for _, n in survivors])
     except UnrecoverableStep as error:
         return NoPlan(str(error))
     source = situation.history.get(resume.layout_generation)
@@ -51,33 +52,46 @@ def find_state(situation: Situation) -> State | NoPlan:
     return State(StateSource.PEERS, resume, source, lost, leaving)
 
 
-def _standings(situation: Situation) -> tuple[list[Standing], set[Member]]:
-    """What the survivors hold; and who answered, but holds nothing that counts.
+def _survivors(situation: Situation) -> tuple[list[tuple[Standing, int]], set[Member]]:
+    """What the survivors hold, and how many hold alike; and who answered, but holds nothing that
+    counts.
 
     Nothing counts that a worker holds which idled since a plan that others adopted.
     """
-    answers = situation.answers
+    held: list[tuple[Standing, list[Quiesced]]] = []
     empty = set[Member]()
-    held: list[Standing] = list(map(attrgetter("standing"), answers.values()))
-    if not all(held):
-        empty = {member for member, answer in answers.items() if answer.standing is None}
-        held = [standing for standing in held if standing is not None]
-    generations = set(map(attrgetter("layout_generation"), held))
+    for group in situation.answers.alike:
+        if (standing := group[0].standing) is not None:
+            held.append((standing, group))
+        else:
+            empty.update(answer.member for answer in group)
+    generations = {standing.layout_generation for standing, _ in held}
     newest = max(generations, default=0)
     if newest in situation.history and generations - {0, newest}:
         placed = set(map(itemgetter(1), situation.history[newest].placement))
-        for member, answer in answers.items():
-            standing = answer.standing
-            if standing and standing.layout_generation and member not in placed:
-                empty.add(member)
-                held.remove(standing)
-    return held, empty
+        idled = {
+            answer.member
+            for standing, group in held
+            if standing.layout_generation
+            for answer in group
+            if answer.member not in placed
+        }
+        empty |= idled
+        held = [
+            (standing, [answer for answer in group if answer.member not in idled])
+            for standing, group in held
+        ]
+    return [(standing, len(group)) for standing, group in held if group], empty
 
 
 def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
     """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
-    answers, quarantined = situation.answers, situation.quarantined
-    lost = [each for each in source.placement if each[1] not in answers]
+    answers, quarantined = situation.answers.by_member, situation.quarantined
+    silent = situation.silent
+    if source is situation.previous and silent is not None:
+        lost = [each for each in source.placement if each[1] in silent]
+    else:
+        lost = [each for each in source.placement if each[1] not in answers]
     if empty or quarantined:
         lost += [
             each
@@ -107,9 +121,10 @@ def free_workers(
 ) -> list[Member]:
     """Workers that hold none of the state that is used."""
     assert state.source is not None
-    placement, answers = state.source.placement, situation.answers
-    free: list[Member] = []
-    if situation.quarantined or situation.leaving or len(workers) > len(answers):
+    placement, answers = state.source.placement, situation.answers.by_member
+    if situation.idle is not None:
+        free = [member for member in situation.idle if workers.get(member.device) == member]
+    else:
         free = [member for member in workers.values() if member not in answers]
     if len(answers) > len(placement) - len(state.lost):
         holding = set(map(itemgetter(1), placement)).difference(map(itemgetter(1), state.lost))
@@ -129,4 +144,4 @@ def _nothing_was_committed(situation: Situation) -> bool:
     only_started = all(
         plan.state_source is StateSource.INITIALIZE for plan in situation.history.values()
     )
-    return only_started and bool(placed & set(situation.answers))
+    return only_started and not placed.isdisjoint(situation.answers.by_member)

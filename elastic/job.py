@@ -7,10 +7,11 @@ controller's table.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from operator import itemgetter
 
 from elastic.adoption import Adoption
+from elastic.answers import Answers
 from elastic.commit_log import CommitLog
 from elastic.effects import Effect, Finish, ForgetPlan, Limits, Note, Phase, Send
 from elastic.membership import Membership
@@ -20,14 +21,13 @@ from elastic.messages import (
     NodeReport,
     PhaseDone,
     Quiesce,
-    Quiesced,
     RecoveryPhase,
     Stop,
     WholePlan,
 )
 from elastic.notes import failure_note, plan_note
 from elastic.pace import PaceLog
-from elastic.plan import NoPlan, Plan
+from elastic.plan import NoPlan, Plan, changed_rows
 from elastic.plan_chain import KEPT_PLANS, publication
 from elastic.planner import (
     JobShape,
@@ -64,7 +64,8 @@ class Job:
         self.generation = max(1, recorded.generation)
         self.plans: dict[int, Plan] = dict(recorded.plans)
         self._placed, self._participants = _members(self.plan)
-        self.commits = CommitLog(self._placed, recorded.committed, shape.steps - 1)
+        known = {m: step for m, step in recorded.committed.items() if m in self._placed}
+        self.commits = CommitLog(self._placed, known, shape.steps - 1)
         self.members = Membership(devices, home_devices(shape, devices))
         self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
@@ -159,14 +160,10 @@ class Job:
                 f"{cause}, after {self.limits.max_fruitless_recoveries} recoveries in a row "
                 "without a committed step; the journal and the workers' logs say what fails again"
             )
-        alive = self.members.alive()
-        involved = self.involved()
         self.phase = Phase.QUIESCING
-        self.quiescence = Quiescence(involved & alive, now + self.patience(urgent=urgent))
-        if ask_agents:
-            self.ask_agents(now)
+        self.quiesce(now, urgent=urgent, ask_agents=ask_agents)
         reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
-        lost = tuple(sorted(involved - alive))
+        lost = tuple(sorted(self.quiescence.lost))
         quiesce = Quiesce(self.generation, urgent, lost, reason, ask_agents, sever_all)
         fields = {
             "generation": self.generation,
@@ -176,6 +173,15 @@ class Job:
             "reason": reason,
         }
         return [Send(quiesce), Note("quiesce", fields), *self.plan_if_quiet(now)]
+
+    def quiesce(self, now: float, *, urgent: bool, ask_agents: bool) -> None:
+        """Wait for everybody involved that lives."""
+        alive, involved = self.members.alive(), self.involved()
+        deadline = now + self.patience(urgent=urgent)
+        self.quiescence = Quiescence(involved & alive, deadline, involved - alive)
+        self.members.employ(involved)
+        if ask_agents:
+            self.ask_agents(now)
 
     def plan_if_quiet(self, now: float) -> list[Effect]:
         """Plan the generation that was announced, once nobody is awaited any more."""
@@ -210,25 +216,26 @@ class Job:
         self.adoption = Adoption(self.generation, self.involved())
         # While groups are built, that has its own limit, and not everybody has begun.
         self.stalls = Stalls(0)
-        held = {m: each.standing.committed for m, each in answers.items() if each.standing}
+        notes = self._plan_notes(plan, before, answers)
+        held = answers.committed
+        for member in _left(before, plan) if before else ():
+            held.pop(member, None)
         self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
-        return [Send(published), *self._plan_notes(plan, before, answers.values())]
+        return [Send(published), *notes]
 
     def newest_plan_notes(self, reports: Iterable[NodeReport]) -> list[Note]:
         """What the journal is to have of the newest plan, which these reports were made for."""
         *earlier, plan = self.plans.values()
-        answers = [answer for report in reports for answer in report.workers]
+        answers = Answers(answer for report in reports for answer in report.workers)
         return self._plan_notes(plan, earlier[-1] if earlier else None, answers)
 
-    def _plan_notes(
-        self, plan: Plan, before: Plan | None, answers: Collection[Quiesced]
-    ) -> list[Note]:
+    def _plan_notes(self, plan: Plan, before: Plan | None, answers: Answers) -> list[Note]:
         notes = []
-        if answers:
-            stopped_at = max(answer.at for answer in answers)
-            quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
+        if answers.by_member:
+            done_at = answers.last_at
+            quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": done_at}
             notes.append(Note("phase_done", quiesced))
-        committed = max((a.standing.committed for a in answers if a.standing), default=-1)
+        committed = max(answers.committed.values(), default=-1)
         lost_steps = max(0, committed + 1 - plan.resume_step)
         return [*notes, plan_note(plan, before, self.shape.sizes, lost_steps)]
 
@@ -243,6 +250,8 @@ class Job:
             paces=self.pace.paces,
             quarantined=self._kept_out(now),
             leaving=self.members.leaving(),
+            silent=self.quiescence.lost,
+            idle=self.members.idle,
         )
 
     def _kept_out(self, now: float) -> frozenset[DeviceId]:
@@ -268,6 +277,8 @@ class Job:
             self.watch_stalls()
         if self.phase is Phase.RUNNING:
             self._ran = note.generation
+            # Nobody needs the answers any more, and letting go of so many takes its time.
+            self.quiescence = Quiescence((), 0.0)
             effects.append(Note("running", {"generation": note.generation}))
             effects += self._forget_plans()
         return effects
@@ -337,7 +348,7 @@ class Job:
 
     def complete_if_done(self) -> list[Effect]:
         """End the job if everybody committed the last step."""
-        if not self._placed or self.commits.behind:
+        if not self.commits.complete:
             return []
         self.phase = Phase.COMPLETED
         reason = f"all {self.shape.steps} steps are committed"
@@ -365,8 +376,16 @@ class Job:
 
 def _members(plan: Plan | None) -> tuple[frozenset[Member], frozenset[Member]]:
     """The workers that `plan` places, and all that take part in the change to it."""
-    placed = frozenset(map(itemgetter(1), plan.placement)) if plan else frozenset()
-    return placed, placed.union(map(itemgetter(1), plan.donors)) if plan else placed
+    if plan is None:
+        return frozenset(), frozenset()
+    return plan.members.difference(map(itemgetter(1), plan.donors)), plan.members
+
+
+def _left(before: Plan, plan: Plan) -> set[Member]:
+    """Who took part in the plan before, and has no place any more."""
+    changed = changed_rows(before, plan)
+    old, new = ({m for r in changed for _, m in each.rows().get(r, ())} for each in (before, plan))
+    return old.union(map(itemgetter(1), before.donors)) - new
 
 
 def end(outcome: str, reason: str) -> list[Effect]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 
-from elastic.messages import Quiesced
+from elastic.answers import Answers
 from elastic.placement import Row
 from elastic.plan import Plan
 from elastic.salvage import Kept
@@ -51,7 +51,7 @@ def kept_gradients(
     source: Plan,
     layout: ParallelLayout,
     rows: Mapping[int, Row],
-    answers: Mapping[Member, Quiesced],
+    answers: Answers,
     history: Mapping[int, Plan],
 ) -> tuple[Kept, ...]:
     """What the replicas of `layout`, seated in `rows`, keep of `step`, in the layout's order.
@@ -59,9 +59,10 @@ def kept_gradients(
     `source` is the plan whose layout the state has; `history` the run's plans by generation.
     """
     claims = {
-        member: held.kept
-        for member, answer in answers.items()
-        if (held := answer.standing) is not None and held.kept and _counts(held, step, source)
+        answer.member: held.kept
+        for group in answers.alike
+        if (held := group[0].standing) is not None and held.kept and _counts(held, step, source)
+        for answer in group
     }
     if not claims:
         return ()

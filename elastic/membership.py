@@ -6,7 +6,8 @@ node still says of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
+from types import MappingProxyType
 
 from elastic.messages import AgentRecord
 from elastic.topology import Coordinate, DeviceId, Member
@@ -14,7 +15,8 @@ from elastic.topology import Coordinate, DeviceId, Member
 
 class Membership:
     """Book of members by device. `homes` are the devices that the grid's places prefer; devices
-    beyond them are spares. `changes` counts how often a worker became ready or went, or was to.
+    beyond them are spares. `changes` counts how often a worker became ready or went, or was to;
+    `idle` are the ready workers that were not employed when that was told last.
 
     A node whose agent drains is to be left. Once nothing of it is needed it is dismissed: its
     workers are gone then, whatever is still heard of that life of its agent.
@@ -23,6 +25,7 @@ class Membership:
     def __init__(self, devices: Iterable[DeviceId], homes: Mapping[Coordinate, DeviceId]) -> None:
         self.homes = homes
         self.changes = 0
+        self.idle: set[Member] = set()
         self._devices = frozenset(devices)
         self._ready: dict[DeviceId, Member] = {}
         self._preferred = frozenset(homes.values())
@@ -49,7 +52,9 @@ class Membership:
         for member in record.ready:
             is_new = member not in self._gone and self._ready.get(member.device) != member
             if is_new and member.device in self._devices:
+                self.idle.discard(self._ready.get(member.device, member))
                 self._ready[member.device] = member
+                self.idle.add(member)
                 self._missing.discard(member.device)
                 self.changes += 1
         return ended
@@ -59,9 +64,14 @@ class Membership:
         self._gone.add(member)
         if self._ready.get(member.device) == member:
             del self._ready[member.device]
+            self.idle.discard(member)
             if member.device in self._preferred:
                 self._missing.add(member.device)
             self.changes += 1
+
+    def employ(self, members: Set[Member]) -> None:
+        """These are at work, and nobody else is until it is told again."""
+        self.idle = self.alive() - members
 
     def remove_node(self, node: int) -> set[Member]:
         """The node's agent is gone, and its workers with it; returns those that were ready."""
@@ -101,9 +111,9 @@ class Membership:
         """Whether the member is known to have failed, or to have ended with its node."""
         return member in self._gone
 
-    def workers(self) -> dict[DeviceId, Member]:
-        """The ready worker of each device that has one."""
-        return dict(self._ready)
+    def workers(self) -> Mapping[DeviceId, Member]:
+        """The ready worker of each device that has one, as of now and of later."""
+        return MappingProxyType(self._ready)
 
     def alive(self) -> set[Member]:
         """The ready workers themselves."""
@@ -122,8 +132,9 @@ class Membership:
     def rendezvous(self) -> str:
         """host:port of the rendezvous store to use: that of the first node with a ready worker,
         if possible of one that stays."""
-        nodes = {device.node for device in self._ready} & self._agents.keys()
-        if not nodes:
-            return ""
-        node = min(nodes - self._draining.keys() or nodes)
-        return self._agents[node].rendezvous
+        staying = self._agents.keys() - self._draining.keys()
+        for node in (*sorted(staying), *sorted(self._draining)):
+            agent = self._agents[node]
+            if not self._ready.keys().isdisjoint(agent.devices):
+                return agent.rendezvous
+        return ""

@@ -11,14 +11,15 @@ grid, with the same shards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 
 from elastic.job_shape import JobShape
 from elastic.topology import Assignment
 from ntp.atoms import total_sizes
 from ntp.geometry import ParallelLayout, SlotRef
-from ntp.reshard_plan import NoHolder, ReshardPlan, plan_reshard
+from ntp.reshard_plan import NoHolder, ReshardPlan, plan_reshard_among
+from ntp.reshard_senders import Living
 
 
 def plan_moves(
@@ -36,7 +37,8 @@ def plan_moves(
     """
     beside = [aside(shape, each).coordinate for each in leaving]
     extended = _with_aside(shape, source, {place.replica for place in beside})
-    everywhere = frozenset(source.slots())
+    everywhere = {replica.replica: frozenset(replica.active) for replica in source.replicas}
+    everywhere |= {place.replica: frozenset[int]() for place in beside}
     now = {replica.replica: replica for replica in layout.replicas}
     vacated = {
         SlotRef(old.replica, slot)
@@ -55,13 +57,15 @@ def plan_moves(
         moving = {place.slot_ref for place, _ in movers if place.stage == stage}
         odd = frozenset(gone - vacated), frozenset(moving)
         if odd not in known:
-            placed = everywhere.difference(vacated, gone).union(moving)
+            placed = _but(everywhere, (vacated | gone) - moving)
             try:
-                known[odd] = plan_reshard(extended, layout, placed, sizes)
+                known[odd] = plan_reshard_among(extended, layout, placed, sizes)
             except NoHolder:
-                giving = {place.slot_ref for place in beside if place.stage == stage}
-                held = (everywhere - gone) | giving
-                plans.append(plan_reshard(extended, layout, held, sizes))
+                held = _but(everywhere, gone)
+                for place in beside:
+                    if place.stage == stage:
+                        held[place.replica] |= {place.slot}
+                plans.append(plan_reshard_among(extended, layout, held, sizes))
                 continue
         plans.append(known[odd])
     return tuple(plans)
@@ -71,6 +75,14 @@ def aside(shape: JobShape, left: Assignment) -> Assignment:
     """A worker that hands over what it holds, named so that another may fill its place."""
     place = left.coordinate
     return Assignment(place._replace(replica=shape.replicas + place.replica), left.member)
+
+
+def _but(living: Living, slots: Iterable[SlotRef]) -> dict[int, frozenset[int]]:
+    """`living` without these slots."""
+    fewer = dict(living)
+    for number, slot in slots:
+        fewer[number] -= {slot}
+    return fewer
 
 
 def _with_aside(shape: JobShape, layout: ParallelLayout, numbers: Set[int]) -> ParallelLayout:

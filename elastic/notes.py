@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from elastic.effects import Note, Phase
 from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress
-from elastic.plan import Plan
+from elastic.plan import Plan, changed_rows
 from ntp.atoms import AtomSizes
 
 EntryId: TypeAlias = tuple[Any, ...]
@@ -142,7 +142,7 @@ def plan_note(plan: Plan, before: Plan | None, sizes: Sequence[AtomSizes], lost_
 
 def _changed_slots(plan: Plan, before: Plan | None) -> dict[str, str | None]:
     now, then = plan.rows(), before.rows() if before else {}
-    changed = [replica for replica in {**then, **now} if now.get(replica) != then.get(replica)]
+    changed = changed_rows(before, plan) if before else now
     slots: dict[str, str | None] = {}
     for replica in changed:
         slots |= {str(place): None for place, _ in then.get(replica, ())}

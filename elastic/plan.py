@@ -8,10 +8,11 @@ act on it, so that two controllers, or two versions of a decision, cannot both b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from itertools import accumulate, chain, product, starmap, zip_longest
+from functools import cached_property
+from itertools import accumulate, chain, product
 from operator import eq, itemgetter
 
 import msgspec
@@ -54,7 +55,7 @@ class Alternative:
     why_not: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """One generation.
 
@@ -75,6 +76,8 @@ class Plan:
     have all of their communicators, so those that only lose members may shrink; as all ranks must
     do the same there, the plan says so. `rendezvous` is host:port of the store to meet in.
     `throughput` is relative to full strength; `alternatives` are what was considered beside this.
+
+    Without slots, as what follows from a plan and is asked for often is kept beside its fields.
     """
 
     generation: int
@@ -103,8 +106,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         # A job may have a hundred thousand places, so the loops over them are left to C.
-        participants = self.participants
-        members = set(map(itemgetter(1), participants))
+        members = self.members
         left = [place.slot_ref for place, _ in (*self.donors, *self.movers)]
         leavers = {member for _, member in (*self.donors, *self.movers)}
         replicas = {replica.replica: set(replica.active) for replica in self.layout.replicas}
@@ -113,11 +115,12 @@ class Plan:
             for replica in self.layout.replicas
         )
         conditions = {
-            "placement fills the layout's slots in every stage, in order of rank": all(
-                starmap(eq, zip_longest(map(itemgetter(0), self.placement), slots))
+            "placement fills the layout's slots in every stage, in order of rank": (
+                len(self.placement) == self.stages * sum(r.degree for r in self.layout.replicas)
+                and all(map(eq, map(itemgetter(0), self.placement), slots))
             ),
             "each stage has its moves": len(self.reshard) == self.stages,
-            "no worker is placed twice": len(members) == len(participants),
+            "no worker is placed twice": len(members) == len(self.placement) + len(self.donors),
             "newcomers take part": members.issuperset(self.newcomers),
             "movers and donors survive": leavers.isdisjoint(self.newcomers),
             "movers are placed, and donors are not": len(leavers) == len(left)
@@ -152,10 +155,19 @@ class Plan:
         if broken:
             raise ValueError(f"plan {self.generation} breaks: {'; '.join(broken)}")
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over the plan's canonical encoding."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        told |= {name: _brief(told[name]) for name in ("layout", "source_layout")}
+        # The layout tells the places.
+        told["placement"] = list(map(itemgetter(1), self.placement))
+        return hashlib.sha256(msgspec.json.encode(told)).hexdigest()
+
+    @cached_property
+    def members(self) -> frozenset[Member]:
+        """Everybody who takes part in the change to this generation."""
+        return frozenset(chain(map(itemgetter(1), self.placement), map(itemgetter(1), self.donors)))
 
     @property
     def participants(self) -> tuple[Assignment, ...]:
@@ -194,8 +206,12 @@ class Plan:
                 )
         return ranks
 
-    def rows(self) -> dict[int, tuple[Assignment, ...]]:
+    def rows(self) -> Mapping[int, tuple[Assignment, ...]]:
         """The assignments of each replica."""
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> dict[int, tuple[Assignment, ...]]:
         rows: dict[int, tuple[Assignment, ...]] = {}
         begin = 0
         for replica in self.layout.replicas:
@@ -229,6 +245,20 @@ class Plan:
     def degrees(self) -> tuple[tuple[int, ...], ...]:
         """Active slots per replica and per stage."""
         return tuple((replica.degree,) * self.stages for replica in self.layout.replicas)
+
+
+def changed_rows(before: Plan, after: Plan) -> list[int]:
+    """The replicas whose workers are not the same in two plans."""
+    then, now = before.rows(), after.rows()
+    return [replica for replica in {**then, **now} if now.get(replica) != then.get(replica)]
+
+
+def _brief(layout: ParallelLayout | None) -> object:
+    """What tells a layout from others: a whole replica owns its homes, so its number will do."""
+    if layout is None:
+        return None
+    replicas = [each.replica if each.degree == layout.tp_base else each for each in layout.replicas]
+    return layout.tp_base, layout.homes, replicas
 
 
 @dataclass(frozen=True, slots=True)

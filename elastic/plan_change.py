@@ -116,7 +116,7 @@ def changed(base: Plan, change: PlanChange) -> Plan:
     layouts = {replica.replica: replica for replica in base.layout.replicas}
     layouts |= {replica.replica: replica for replica in change.layouts}
     numbers = sorted(layouts.keys() - set(change.dropped))
-    rows = base.rows() | dict(change.rows)
+    rows = {**base.rows(), **dict(change.rows)}
     shares = _shares(base) | dict(change.shares)
     rebuilt = set(change.rebuilt)
     plan = Plan(

@@ -25,8 +25,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 
+from elastic.answers import Answers
 from elastic.apportion import apportion
 from elastic.candidates import Choice, choose
 from elastic.held_state import State, find_state, free_workers
@@ -34,7 +35,6 @@ from elastic.job_shape import JobShape as JobShape
 from elastic.job_shape import PlacementRules as PlacementRules
 from elastic.job_shape import home_devices as home_devices
 from elastic.kept_gradients import kept_gradients
-from elastic.messages import Quiesced
 from elastic.missing_state import missing_state
 from elastic.moves import aside, plan_moves
 from elastic.pace import Pace
@@ -294,7 +294,7 @@ def _is_unbroken(situation: Situation, state: State) -> bool:
         and not state.lost
         and not resume.redone
         and resume.vote is None
-        and all(map(attrgetter("unbroken"), situation.answers.values()))
+        and all(each[0].unbroken for each in situation.answers.alike)
     )
 
 
@@ -302,17 +302,19 @@ def _kept_replicas(
     source: Mapping[int, Row],
     before: Mapping[int, Row],
     after: Mapping[int, Row],
-    answers: Mapping[Member, Quiesced],
+    answers: Answers,
 ) -> tuple[int, ...]:
     """Replicas that have the members they had, all of them saying that their groups work.
 
     They must have had them in the source's plan too: whoever is new there since then may speak of
     other groups.
     """
-    # Mostly none is broken, and then there is no need to look at every member.
-    broken = set[Member]()
-    if not all(map(attrgetter("replica_groups_intact"), answers.values())):
-        broken = {answer.member for answer in answers.values() if not answer.replica_groups_intact}
+    broken = {
+        answer.member
+        for group in answers.alike
+        if not group[0].replica_groups_intact
+        for answer in group
+    }
     return tuple(
         replica
         for replica, row in after.items()

@@ -9,18 +9,24 @@ well, which takes it no longer than a message, and one that does not is lost wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
-from elastic.messages import NodeReport, Quiesced
+from elastic.answers import Answers
+from elastic.messages import NodeReport
 from elastic.topology import Member
 
 
 class Quiescence:
-    """What one announcement waits for. Times are in seconds."""
+    """What one announcement waits for; who is `lost` cannot answer. Times are in seconds."""
 
-    def __init__(self, awaited: Iterable[Member], deadline: float) -> None:
-        self.awaited = set(awaited)
-        self.answers: dict[Member, Quiesced] = {}
+    def __init__(
+        self, awaited: Iterable[Member], deadline: float, lost: Iterable[Member] = ()
+    ) -> None:
+        # Answers are kept under the members of the plan, not under their equals in a report:
+        # what is compared with the plan, and let go, is tens of thousands of them.
+        self._awaited = {member: member for member in awaited}
+        self.lost = set(lost)
+        self.answers = Answers()
         self._deadline = deadline
         self._silent: set[int] = set()
         self._silence_deadline = math.inf
@@ -29,12 +35,17 @@ class Quiescence:
         """The agents of `nodes` are to say by then that they live."""
         self._silent, self._silence_deadline = set(nodes), deadline
 
+    @property
+    def awaited(self) -> Set[Member]:
+        """Who is to answer yet."""
+        return self._awaited.keys()
+
     def take(self, report: NodeReport) -> None:
         """A node's answers. Those of workers that are not awaited, or not any more, are dropped."""
         for answer in report.workers:
-            if answer.member in self.awaited:
-                self.answers[answer.member] = answer
-                self.awaited.discard(answer.member)
+            member = self._awaited.pop(answer.member, None)
+            if member is not None:
+                self.answers.take(answer, member)
         self.hear(report.node)
 
     def hear(self, node: int) -> None:
@@ -43,7 +54,8 @@ class Quiescence:
 
     def drop(self, member: Member) -> None:
         """Nothing will come from `member` any more."""
-        self.awaited.discard(member)
+        if self._awaited.pop(member, None) is not None:
+            self.lost.add(member)
 
     def postpone(self, seconds: float) -> None:
         """Time passed in which nobody could report."""

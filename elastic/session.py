@@ -21,10 +21,9 @@ own, *keeps* these and says under which generation's plan it computed them. What
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from operator import attrgetter
 
 from ntp.geometry import SlotRef
 
@@ -158,38 +157,38 @@ class UnrecoverableStep(ValueError):
     """The survivors' standings contradict the protocol: no common step or layout exists."""
 
 
-def decide_resume(standings: Sequence[Standing]) -> Resume:
+def decide_resume(standings: Sequence[Standing], counts: Sequence[int] = ()) -> Resume:
     """The rules of the module's docstring; `standings` are those of all survivors (at least one).
 
+    Of those that differ in the slot alone one will do; `counts` says for how many each stands.
     Raises UnrecoverableStep, which only a bug or a lost state can cause.
     """
-    # There may be a hundred thousand, so the loops over them are left to C where possible.
-    layout = max(map(attrgetter("layout_generation"), standings))
+    survivors = list(zip(standings, counts or [1] * len(standings), strict=True))
+    layout = max(s.layout_generation for s, _ in survivors)
     if layout == 0:
         # Only newcomers are left, none of which switched: what they received is as good.
-        layout = max(map(attrgetter("pending_generation"), standings))
-    generations = attrgetter("layout_generation", "pending_generation")
-    switched = min(map(attrgetter("layout_generation"), standings)) == layout
-    if not switched and any(layout not in pair for pair in set(map(generations, standings))):
-        # A newcomer whose first shards nobody switched to holds nothing that counts.
-        standings = [s for s in standings if layout in generations(s) or s.layout_generation]
-        elsewhere = [s.slot for s in standings if layout not in generations(s)]
-        if elsewhere:
-            raise UnrecoverableStep(
-                f"generation {layout} was adopted, but {elsewhere} hold none of it"
-            )
-    decided = max(max(map(attrgetter(step), standings)) for step in ("committed", "voted"))
-    redone = max(map(attrgetter("begun"), standings)) > decided
-    behind = [standing for standing in standings if standing.committed < decided]
+        layout = max(s.pending_generation for s, _ in survivors)
+    # A newcomer whose first shards nobody switched to holds nothing that counts.
+    survivors = [
+        (s, n) for s, n in survivors if s.layout_generation or s.pending_generation == layout
+    ]
+    elsewhere = [
+        s.slot for s, _ in survivors if layout not in (s.layout_generation, s.pending_generation)
+    ]
+    if elsewhere:
+        raise UnrecoverableStep(f"generation {layout} was adopted, but {elsewhere} hold none of it")
+    decided = max(max(s.committed, s.voted) for s, _ in survivors)
+    redone = max(s.begun for s, _ in survivors) > decided
+    behind = [(s, n) for s, n in survivors if s.committed < decided]
     if not behind:
         reason = f"step {decided + 1} is redone" if redone else f"step {decided + 1} follows"
         return Resume(decided + 1, None, redone, layout, reason)
-    unprepared = [standing.slot for standing in behind if standing.prepared != decided]
+    unprepared = [s.slot for s, _ in behind if s.prepared != decided]
     if unprepared:
         raise UnrecoverableStep(
             f"step {decided} was decided, but {unprepared} hold no reduced gradients for it"
         )
-    vote = next((s.vote for s in standings if s.voted == decided and s.vote is not None), None)
+    vote = next((s.vote for s, _ in survivors if s.voted == decided and s.vote is not None), None)
     if vote is None:
         raise UnrecoverableStep(f"step {decided} was committed, but no survivor holds its vote")
     return Resume(
@@ -197,6 +196,10 @@ def decide_resume(standings: Sequence[Standing]) -> Resume:
         vote,
         redone,
         layout,
-        f"step {decided} was decided: {len(behind)} of {len(standings)} survivors apply it with "
-        "the vote that others hold",
+        f"step {decided} was decided: {_count(behind)} of {_count(survivors)} survivors apply it "
+        "with the vote that others hold",
     )
+
+
+def _count(survivors: Iterable[tuple[Standing, int]]) -> int:
+    return sum(number for _, number in survivors)

@@ -9,10 +9,10 @@ a quarantined device is used too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from elastic.messages import Quiesced
+from elastic.answers import Answers
 from elastic.pace import Pace
 from elastic.plan import Plan
 from elastic.topology import Coordinate, DeviceId, Member
@@ -28,11 +28,15 @@ class Situation:
     that have been measured; `checkpoint` is the last step that can be restored. If there is a plan
     without them, `quarantined` devices take no part, whoever runs on them, and `leaving` ones only
     hand over what they hold.
+
+    Two things follow from that and are looked for if they are None, among all workers: the members
+    of the newest plan that are `silent`, without an answer, and the workers that are `idle`, which
+    were not asked for one.
     """
 
     generation: int
     workers: Mapping[DeviceId, Member]
-    answers: Mapping[Member, Quiesced]
+    answers: Answers
     history: Mapping[int, Plan]
     rendezvous: str
     homes: Mapping[Coordinate, DeviceId]
@@ -40,6 +44,8 @@ class Situation:
     quarantined: frozenset[DeviceId] = frozenset()
     leaving: frozenset[DeviceId] = frozenset()
     checkpoint: int | None = None
+    silent: Set[Member] | None = None
+    idle: Collection[Member] | None = None
 
     @property
     def previous(self) -> Plan | None:

@@ -9,7 +9,7 @@ and nothing but a timeout of the backend would end the wait.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 from elastic.topology import Member
 from health.liveness import Stalled
@@ -29,11 +29,18 @@ class Stalls:
         else:
             self._stalled.pop(node, None)
 
-    def cause(self, awaited: Collection[Member]) -> str | None:
+    def cause(self, awaited: Iterable[Member]) -> str | None:
         """Why none of `awaited` goes on, naming the longest wait; None: one of them may."""
-        if not awaited or any(member.device.node not in self._stalled for member in awaited):
+        if not self._stalled:
             return None
-        stalls = (self._stalled[member.device.node] for member in awaited)
+        stalls = []
+        for member in awaited:
+            stall = self._stalled.get(member.device.node)
+            if stall is None:
+                return None
+            stalls.append(stall)
+        if not stalls:
+            return None
         longest = max(stalls, key=lambda stall: stall.waiting_seconds)
         return (
             f"everybody waits for others, {longest.device} in {longest.activity} of step "

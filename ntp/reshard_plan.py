@@ -128,8 +128,15 @@ def plan_reshard(
     not among them starts from nothing. `sizes` weighs the axes in the balance of elements sent.
     Raises NoHolder if state is lost, ValueError if the layouts or holders do not belong together.
     """
-    living = _living(source, target, holders)
-    if not holders:
+    return plan_reshard_among(source, target, by_replica(source, holders), sizes)
+
+
+def plan_reshard_among(
+    source: ParallelLayout, target: ParallelLayout, living: Living, sizes: AtomSizes
+) -> ReshardPlan:
+    """`plan_reshard` with the holders by replica: every one of `source` is named, also without."""
+    _check_living(source, target, living)
+    if not any(living.values()):
         raise NoHolder(None, None)
     known = {replica.replica: replica for replica in source.replicas}
     needs: list[Need] = []
@@ -149,25 +156,30 @@ def plan_reshard(
     return ReshardPlan(tuple(sorted(moves, key=move_order)))
 
 
-def _living(source: ParallelLayout, target: ParallelLayout, holders: frozenset[SlotRef]) -> Living:
-    """The holders by replica. Raises ValueError if the arguments do not belong together."""
+def by_replica(source: ParallelLayout, holders: Iterable[SlotRef]) -> Living:
+    """The slots in `holders` of each replica of `source`."""
+    slots: dict[int, set[int]] = {replica.replica: set() for replica in source.replicas}
+    for number, slot in holders:
+        slots.setdefault(number, set()).add(slot)
+    return {number: frozenset(alive) for number, alive in slots.items()}
+
+
+def _check_living(source: ParallelLayout, target: ParallelLayout, living: Living) -> None:
+    """Raises ValueError if the arguments do not belong together."""
     old, new = ({axis: homes[-1].stop for axis, homes in each.homes} for each in (source, target))
     if old != new:
         raise ValueError(
             f"the source layout has atoms {old} and the target {new}; both must be layouts of one "
             "model"
         )
-    slots: defaultdict[int, set[int]] = defaultdict(set)
-    slots.update((replica.replica, set()) for replica in source.replicas)
-    for number, slot in holders:
-        slots[number].add(slot)
     active = {replica.replica: replica.active for replica in source.replicas}
-    if strangers := [ref for ref in slots if not slots[ref].issubset(active.get(ref, ()))]:
+    if strangers := [
+        number for number in living if not living[number] <= {*active.get(number, ())}
+    ]:
         raise ValueError(
             f"holders of replicas {sorted(strangers)} are not active in the source layout; leave "
             "them out"
         )
-    return {number: frozenset(alive) for number, alive in slots.items()}
 
 
 def _stays(before: ReplicaLayout | None, after: ReplicaLayout, alive: frozenset[int]) -> bool:
@@ -225,7 +237,8 @@ def check_reshard(
     That is: kept and received ranges make up each owned range once, every sender lives and holds
     what it sends, and each fresh slot receives the replicated tensors once and no other slot does.
     """
-    living = _living(source, target, holders)
+    living = by_replica(source, holders)
+    _check_living(source, target, living)
     old = {replica.replica: replica for replica in source.replicas}
     new = {replica.replica: replica for replica in target.replicas}
     received: dict[int, dict[tuple[int, Axis], list[Range]]] = defaultdict(dict)

@@ -20,6 +20,7 @@ from harness import LINK, Rank
 from planted import plant
 from torch import Tensor
 
+from elastic.answers import Answers
 from elastic.heart import Heart
 from elastic.messages import Quiesce, Quiesced, StepDone
 from elastic.node_workers import WorkerSpec
@@ -96,8 +97,8 @@ def story_of(
         gone = {place: member for place, member in before.items() if place not in workers}
         lost.append(tuple(gone.values()) if turn.inside else ())
         wounded = {place.replica for place in gone}
-        answers = {
-            member: Quiesced(
+        answers = [
+            Quiesced(
                 generation,
                 member,
                 Standing(
@@ -117,11 +118,12 @@ def story_of(
                 0.0,
             )
             for place, member in workers.items()
-        }
+        ]
         ready = {member.device: member for member in workers.values()}
         homes = {place: DeviceId(0, number) for number, place in enumerate(grid)}
         plan = plan_generation(
-            job, Situation(generation, ready, answers if history else {}, history, "", homes)
+            job,
+            Situation(generation, ready, Answers(answers if history else ()), history, "", homes),
         )
         assert isinstance(plan, Plan), plan
         assert plan.resume_step == step

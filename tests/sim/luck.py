@@ -160,7 +160,7 @@ class Luck:
     def _flap(self, device: DeviceId, times: int) -> None:
         for worker in self._world.workers():
             if worker.member.device == device:
-                self._world.kill(worker)
+                self._world.kill(worker, returns=("at once", "at once", "later"))
         if times > 1:
             self._clock.after(1.0 + 8.0 * self._clock.rng.random(), self._flap, device, times - 1)
 

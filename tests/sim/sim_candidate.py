@@ -60,7 +60,7 @@ LIMITS = Limits(
     agent_timeout_seconds=1.0,
     max_recoveries=200,
     max_fruitless_recoveries=50,
-    quarantine=QuarantinePolicy(20.0, 5.0, 20.0),
+    quarantine=QuarantinePolicy(20.0, 10.0, 20.0),
 )
 Reported = AgentRecord | Failed | NodeAlive | NodeReport | NodeProgress
 

@@ -45,6 +45,14 @@ _REST = (
 )
 
 
+_NARROW = (
+    # Nobody fails: nothing may be redone.
+    (Kind.DRAIN,),
+    # Devices are quarantined, and nothing else excuses their use.
+    (Kind.FLAP,),
+)
+"""What some stories are about alone."""
+
 _BUSY = (
     "commands",
     "plan",
@@ -80,9 +88,16 @@ class Strike:
 
 def new_strikes(rng: Random, steps: int) -> list[Strike]:
     """Random strikes on a job of so many steps."""
+    if rng.random() < 0.1:
+        narrow = rng.choice(_NARROW)
+        return [_new_strike(rng, steps, rng.choice(narrow)) for _ in range(rng.randint(1, 4))]
     if rng.random() < 0.05:
-        # Nobody fails: nothing may be redone.
-        return [_new_strike(rng, steps, Kind.DRAIN) for _ in range(rng.randint(1, 3))]
+        # Groups lose members in peace, while somebody's connections break.
+        drains = [_new_strike(rng, steps, Kind.DRAIN) for _ in range(2)]
+        return drains + [
+            Strike(trigger, rng.randint(1, 2), Kind.CUT, 1, rng.random(), 0.0)
+            for trigger in ("commands", "reports")
+        ]
     # Many stories are about workers and leaders alone: there nothing excuses a slow recovery.
     kinds = _WORKERS + _LEADER + (Kind.DRAIN,) * 2 + (2 * _REST if rng.random() < 0.6 else ())
     strikes = [_new_strike(rng, steps, rng.choice(kinds)) for _ in range(rng.randint(1, 5))]

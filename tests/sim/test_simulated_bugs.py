@@ -37,7 +37,7 @@ from elastic.topology import Coordinate, Member
 from health.classify import Signal
 from health.liveness import Stalled
 from ntp.geometry import SlotRef
-from ntp.reshard_plan import Move, ReshardPlan, plan_reshard
+from ntp.reshard_plan import Move, ReshardPlan, plan_reshard_among
 
 SEEDS = 1000
 
@@ -56,9 +56,9 @@ def first_violation() -> list[str]:
 
 
 def test_a_vote_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def blind(standings: Sequence[Standing]) -> Resume:
+    def blind(standings: Sequence[Standing], counts: Sequence[int]) -> Resume:
         lowest = min(standing.committed for standing in standings if standing.layout_generation)
-        resume = decide_resume(standings)
+        resume = decide_resume(standings, counts)
         return replace(resume, resume_step=lowest + 1, vote=None)
 
     monkeypatch.setattr(held_state, "decide_resume", blind)
@@ -92,7 +92,7 @@ def test_pieces_that_are_swapped_are_found(monkeypatch: pytest.MonkeyPatch) -> N
 
     def swapped(*arguments: Any) -> ReshardPlan:
         """Two moves of one axis exchange their atoms."""
-        found = list(plan_reshard(*arguments).moves)
+        found = list(plan_reshard_among(*arguments).moves)
         for first, one in enumerate(found):
             for second in range(first + 1, len(found)):
                 other = found[second]
@@ -102,7 +102,7 @@ def test_pieces_that_are_swapped_are_found(monkeypatch: pytest.MonkeyPatch) -> N
                     return ReshardPlan(tuple(sorted(found, key=order)))
         return ReshardPlan(tuple(found))
 
-    monkeypatch.setattr(moves, "plan_reshard", swapped)
+    monkeypatch.setattr(moves, "plan_reshard_among", swapped)
     found = first_violation()[0]
     assert any(
         words in found

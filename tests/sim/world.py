@@ -8,6 +8,7 @@ wrong is `luck`'s; what must hold is the `oracle`'s, whose first complaint ends 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,16 +119,18 @@ class World:
         """All worker processes."""
         return [worker for agent in self.agents.values() for worker in agent.workers()]
 
-    def kill(self, worker: SimWorker) -> None:
-        """A worker dies; its agent will notice."""
+    def kill(
+        self, worker: SimWorker, returns: Sequence[str] = ("at once", "later", "later", "never")
+    ) -> None:
+        """A worker dies; its agent will notice, and replaces it in one of these ways."""
         if worker.dead:
             return
         self.end_process(worker)
         clock = self.clock
-        returns = clock.rng.choice(("at once", "later", "later", "never"))
+        replaced = clock.rng.choice(returns)
         agent = self.agents[worker.member.device.node]
         if agent.life is not None:
-            clock.after(clock.delay(0.3), agent.process.call, agent.life.ended, worker, returns)
+            clock.after(clock.delay(0.3), agent.process.call, agent.life.ended, worker, replaced)
 
     def end_process(self, worker: SimWorker) -> None:
         """A worker is no more: its connections break."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from elastic.answers import Answers
 from elastic.job_shape import JobShape, home_devices
 from elastic.messages import Quiesced
 from elastic.plan import NoPlan, Plan
@@ -45,11 +46,11 @@ class Cluster:
     def situation(self, step: int = 5) -> Situation:
         """Everybody who is placed and alive has stopped after `step`."""
         generation = max(self.history, default=0) + 1
-        answers: dict[Member, Quiesced] = {}
+        answers = Answers()
         for place, member in self.plan.placement if self.history else ():
             if self.workers.get(member.device) == member:
                 held = standing(place.slot_ref, Session(step), generation - 1, 0)
-                answers[member] = Quiesced(generation, member, held, True, 0.0)
+                answers.take(Quiesced(generation, member, held, True, 0.0))
         return Situation(
             generation, self.workers, answers, self.history, "node0:7", self.homes, **self.settings
         )

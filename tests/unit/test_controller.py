@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scenes import LIMITS, SECOND_LIFE, Stage, committed, failure_of, job_shape, keeping, prepared
+from scenes import LIMITS, Stage, committed, failure_of, job_shape, keeping, prepared
 
 from elastic import job as job_module
 from elastic.controller import _TABLE, ProtocolError
@@ -334,9 +334,7 @@ def node_lost_and_back() -> Stage:
     assert stage.plan.action is Action.DROP_REPLICA
     stage.phases()
     stage.node_returns(1)
-    newcomers: dict[Member, Session | None] = {
-        stage.member(1, index, SECOND_LIFE): None for index in (0, 1)
-    }
+    newcomers = stage.newcomers(1)
     stage.answers({m: committed(0) for m in stage.placed} | newcomers)
     assert stage.plan.degrees() == ((2,), (2,))
     return stage
@@ -374,9 +372,7 @@ def agent_gone_and_back() -> Stage:
     stage.phases()
     stage.node_returns(1)
     assert stage.agent_gone(1, life=1) == [], "an earlier life's end says nothing of this one"
-    newcomers: dict[Member, Session | None] = {
-        stage.member(1, index, SECOND_LIFE): None for index in (0, 1)
-    }
+    newcomers = stage.newcomers(1)
     stage.answers({m: committed(0) for m in stage.placed} | newcomers)
     assert stage.plan.degrees() == ((2,), (2,))
     return stage
@@ -411,9 +407,7 @@ def node_that_drains_and_returns() -> Stage:
     stage.node_lost(1)
     assert stage.effects == []
     stage.node_returns(1)
-    newcomers: dict[Member, Session | None] = {
-        stage.member(1, index, SECOND_LIFE): None for index in (0, 1)
-    }
+    newcomers = stage.newcomers(1)
     stage.answers({m: committed(3) for m in stage.placed} | newcomers)
     assert stage.plan.degrees() == ((2,), (2,))
     stage.phases()
@@ -472,9 +466,7 @@ def drain_that_waits_for_others() -> Stage:
     stage.drains(1)
     assert stage.controller.phase is Phase.RUNNING and len(stage.effects) == 1
     stage.node_returns(0)
-    newcomers: dict[Member, Session | None] = {
-        stage.member(0, index, SECOND_LIFE): None for index in (0, 1)
-    }
+    newcomers = stage.newcomers(0)
     stage.answers({m: committed(4) for m in stage.placed} | newcomers)
     assert {m.device.node for m in stage.placed} == {0} and not stage.plan.redone
     stage.phases()

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from elastic.answers import Answers
 from elastic.messages import Quiesced
 from elastic.plan import Action, Plan
 from elastic.planner import JobShape, Situation, home_devices, plan_generation
@@ -372,16 +373,16 @@ def test_a_loss_moves_the_lost_slots_experts_and_a_return_brings_them_back() -> 
     size = job.replicas * job.stages * job.tensor
     homes = home_devices(job, [DeviceId(0, number) for number in range(size)])
     workers = {device: Member(device, 1) for device in homes.values()}
-    first = plan_generation(job, Situation(1, workers, {}, {}, "node0:7", homes))
+    first = plan_generation(job, Situation(1, workers, Answers(), {}, "node0:7", homes))
     assert isinstance(first, Plan)
     lost = SlotRef(1, 2)
     session = Session(committed=3)
-    answers = {
-        member: Quiesced(2, member, standing(place.slot_ref, session, 1, 0), True, 0.0)
+    answers = Answers(
+        Quiesced(2, member, standing(place.slot_ref, session, 1, 0), True, 0.0)
         for place, member in first.placement
         if place.slot_ref != lost
-    }
-    left = {member.device: member for member in answers}
+    )
+    left = {member.device: member for member in answers.by_member}
     second = plan_generation(job, Situation(2, left, answers, {1: first}, "node0:7", homes))
     assert isinstance(second, Plan) and second.action is Action.REDUCE_TP
     home = first.layout.replica(1).shards.axis(Axis.EXPERT).home[lost.slot]

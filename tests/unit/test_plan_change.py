@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import job_shape
 
+from elastic.answers import Answers
 from elastic.keys import COMPRESS_BYTES, decode, encode, key_of
 from elastic.messages import Adopt, Quiesced, StoreMessage, WholePlan
 from elastic.plan import Plan
@@ -29,8 +30,8 @@ GRIDS = ((2, 1, 2), (3, 1, 3), (4, 1, 2), (2, 2, 3), (1, 2, 3))
 def interrupted(cluster: Cluster) -> Plan | None:
     """The next plan where the newest was never adopted, so that its source's layout is used."""
     situation, source = cluster.situation(), cluster.history[cluster.plan.source_generation]
-    answers = {
-        member: Quiesced(
+    answers = Answers(
+        Quiesced(
             situation.generation,
             member,
             standing(place.slot_ref, Session(5), source.generation, 0),
@@ -39,7 +40,7 @@ def interrupted(cluster: Cluster) -> Plan | None:
         )
         for place, member in source.placement
         if cluster.workers.get(member.device) == member
-    }
+    )
     plan = plan_generation(cluster.shape, replace(situation, answers=answers))
     return plan if isinstance(plan, Plan) else None
 

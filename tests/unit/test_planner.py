@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scenes import VOTE, committed, job_shape, node_devices, prepared
 
 from elastic import planner
+from elastic.answers import Answers
 from elastic.candidates import Choice
 from elastic.memory_fit import memory_fit
 from elastic.messages import Quiesced
@@ -58,7 +59,9 @@ def situation(
     past = {plan.generation: plan for plan in history}
     ready = {member.device: member for member in alive.values()}
     homes = home_devices(SHAPE, node_devices(SHAPE))
-    return Situation(max(past, default=0) + 1, ready, answers, past, "node0:7", homes)
+    return Situation(
+        max(past, default=0) + 1, ready, Answers(answers.values()), past, "node0:7", homes
+    )
 
 
 def first_plan(shape: JobShape = SHAPE) -> Plan:

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scenes import job_shape
 
+from elastic.answers import Answers
 from elastic.job_shape import JobShape, PlacementRules
 from elastic.memory_fit import memory_fit
 from elastic.plan import Plan
@@ -255,9 +256,9 @@ def test_the_order_of_the_input_does_not_matter(case: Case, rng: object) -> None
     workers = list(case.after.workers.items())
     rng.shuffle(workers)  # type: ignore[attr-defined]
     situation = case.after.situation()
-    answers = list(situation.answers.items())
+    answers = list(situation.answers.by_member.values())
     rng.shuffle(answers)  # type: ignore[attr-defined]
-    shuffled = replace(situation, workers=dict(workers), answers=dict(answers))
+    shuffled = replace(situation, workers=dict(workers), answers=Answers(answers))
     assert plan_generation(case.after.shape, shuffled) == case.after.next_plan()
 
 

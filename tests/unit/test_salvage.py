@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import committed, job_shape
 
+from elastic.answers import Answers
 from elastic.job_shape import JobShape
 from elastic.messages import Quiesced
 from elastic.plan import NoPlan, Plan
@@ -158,8 +159,8 @@ class Chain:
         places = {
             member: place for plan in self.history.values() for place, member in plan.placement
         }
-        answers = {
-            member: Quiesced(
+        answers = Answers(
+            Quiesced(
                 generation,
                 member,
                 standing(places[member].slot_ref, each.session, each.layout, each.pending),
@@ -167,7 +168,7 @@ class Chain:
                 0.0,
             )
             for member, each in self.processes.items()
-        }
+        )
         ready = {member.device: member for member in self.processes}
         homes = self.cluster.homes
         plan = plan_generation(
