@@ -1,58 +1,28 @@
-"""Planted bugs show that the invariants bite: each is found, by the invariant that it breaks."""
+"""Planted bugs in what workers hold and do: each is found, by the invariant that it breaks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
-import sim_candidate
-from clock import Violation
-from links import Broken
-from sim_agent import Life, SimAgent
 from sim_gradient import Gradient
 from sim_groups import GroupKey, Groups
-from sim_process import Wait
-from sim_store import SimStore
 from sim_worker import SimWorker
-from world import World
+from violations import first_violation
 
 from elastic import degrees, held_state, kept_gradients, moves, placement, planner
-from elastic.adoption import Adoption
-from elastic.controller import Controller
-from elastic.effects import Effect, ForgetPlan, Phase
-from elastic.job import Job
 from elastic.membership import Membership
-from elastic.messages import Adopt, AgentMessage, PlanChange, Quiesce, StoreMessage
-from elastic.node_news import NodeNews
+from elastic.messages import AgentMessage, Quiesce
 from elastic.plan import Plan
-from elastic.plan_chain import publication
-from elastic.recorded import Recorded, read_messages
 from elastic.session import Resume, Standing, StepPoint, decide_resume
-from elastic.stalls import Stalls
-from elastic.store import Guard
 from elastic.topology import Coordinate, Member
-from health.classify import Signal
-from health.liveness import Stalled
 from ntp.geometry import SlotRef
 from ntp.reshard_plan import Move, ReshardPlan, plan_reshard_among
 
-SEEDS = 1000
-
 Members = Mapping[GroupKey, tuple[Member, ...]]
-
-
-def first_violation() -> list[str]:
-    """What the first failing seed violates, its story, and how to play it again."""
-    for seed in range(SEEDS):
-        try:
-            World(seed).run()
-        except Violation as violation:
-            print(f"found by seed {seed}: {str(violation).splitlines()[0]}")
-            return str(violation).splitlines()
-    raise AssertionError(f"{SEEDS} seeds did not find it")
 
 
 def test_a_vote_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,159 +123,6 @@ def test_a_slot_that_lacks_a_stage_but_is_active_is_found(monkeypatch: pytest.Mo
     assert "placement fills the layout's slots" in found
 
 
-def test_a_fence_that_also_strikes_those_who_answered_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Life, "spares", lambda life, member: False)
-    found = first_violation()[0]
-    assert "is fenced, but works" in found
-
-
-def test_a_write_whose_guard_is_not_checked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unguarded(store: SimStore, guard: Guard) -> bool:
-        return True
-
-    monkeypatch.setattr(SimStore, "holds", unguarded)
-    found = first_violation()[0]
-    assert "not leading" in found or "exists already" in found
-
-
-def test_a_failure_that_is_reported_before_its_process_is_dead_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def report_only(life: Life, worker: SimWorker, signal: Signal) -> None:
-        life.ended(worker, "at once")
-
-    monkeypatch.setattr(Life, "kill", report_only)
-    assert "is reported, but lives" in first_violation()[0]
-
-
-def test_a_take_over_that_forgets_the_answers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(messages: Iterable[StoreMessage]) -> Recorded:
-        return replace(read_messages(messages), reports=())
-
-    monkeypatch.setattr(sim_candidate, "read_messages", forgetful)
-    assert "is fenced, but answered" in first_violation()[0]
-
-
-def test_a_take_over_that_forgets_who_failed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(messages: Iterable[StoreMessage]) -> Recorded:
-        return replace(read_messages(messages), failures=())
-
-    monkeypatch.setattr(sim_candidate, "read_messages", forgetful)
-    found = first_violation()[0]
-    assert "the journal lacks" in found or "are placed" in found or found == "stuck"
-
-
-def test_a_take_over_that_counts_on_the_living_alone_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def go_on(controller: Controller, now: float) -> list[Effect]:
-        """Nobody looks who was lost while nobody led."""
-        job = controller._job
-        job.phase = Phase.REBUILDING
-        job.adoption = Adoption(job.generation, job.involved() & job.members.alive())
-        return [*job.newest_plan_notes(())]
-
-    monkeypatch.setattr(Controller, "_go_on", go_on)
-    assert first_violation()[0] == "stuck"
-
-
-def test_a_take_over_that_leaves_a_plan_untold_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Job, "newest_plan_notes", lambda self, reports: [])
-    found = first_violation()[0]
-    assert "the journal lacks" in found and "'plan'" in found
-
-
-def test_a_take_over_that_leaves_the_loss_of_a_node_untold_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    mourn = Controller._mourn
-
-    def late(
-        controller: Controller, lost: Collection[Member], evidence: str, now: float
-    ) -> list[Effect]:
-        return [] if "began to lead" in evidence else mourn(controller, lost, evidence, now)
-
-    monkeypatch.setattr(Controller, "_mourn", late)
-    found = first_violation()[0]
-    assert "the journal lacks" in found and "'failure'" in found
-
-
-def test_a_node_that_is_cut_off_and_commits_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    vote = SimWorker.vote
-
-    def alone(worker: SimWorker) -> Generator[Wait, Any, tuple[float, ...]]:
-        """Whoever has lost both the others and the store takes the rest for dead."""
-        try:
-            return (yield from vote(worker))
-        except Broken:
-            agent = worker.world.agents[worker.member.device.node]
-            if worker.world.store.reaches(agent.process):
-                raise
-            return float(worker.world.shape.global_batch_size), 0.0
-
-    monkeypatch.setattr(SimWorker, "vote", alone)
-    found = first_violation()[0]
-    assert "are prepared" in found or "resumed at" in found
-
-
-def test_an_agent_that_takes_its_old_workers_up_again_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    left: dict[SimAgent, Life] = {}
-    begin = Life.begin
-
-    def spare(life: Life) -> None:
-        left[life.agent] = life
-
-    def take_up(life: Life) -> None:
-        if (before := left.pop(life.agent, None)) is not None:
-            life.processes, life.ready = before.processes, before.ready
-            for worker in life.processes.values():
-                worker.line = life.wrote
-            life.changed()
-        begin(life)
-
-    monkeypatch.setattr(Life, "kill_all", spare)
-    monkeypatch.setattr(Life, "begin", take_up)
-    found = first_violation()[0]
-    assert "are placed" in found or "changes plan" in found
-
-
-def test_an_agent_that_leaves_before_it_handed_over_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(Life, "drain", Life.leave)
-    assert first_violation()[0].startswith("a drain alone")
-
-
-def test_a_node_that_may_leave_while_it_hands_over_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    dismiss = Job.dismiss
-
-    def without_donors(job: Job) -> list[Effect]:
-        placed = job.placed()
-        with monkeypatch.context() as patch:
-            patch.setattr(Job, "involved", lambda job: placed)
-            return dismiss(job)
-
-    monkeypatch.setattr(Job, "dismiss", without_donors)
-    assert first_violation()[0].startswith("a drain alone")
-
-
-def test_a_draining_node_that_is_used_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Membership, "leaving", lambda membership: frozenset())
-    found = first_violation()[0]
-    assert "which were to be avoided" in found or found.startswith("a drain alone")
-
-
-def test_a_quarantined_device_that_is_used_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Job, "_kept_out", lambda job, now: frozenset())
-    assert "which were to be avoided" in first_violation()[0]
-
-
 def test_gradients_that_are_kept_although_a_sync_began_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -343,30 +160,6 @@ def test_a_violation_tells_its_story_and_how_to_rerun_it(monkeypatch: pytest.Mon
     assert any("dies in step" in line for line in lines)
 
 
-def test_a_plan_told_as_a_change_to_an_older_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(plans: Mapping[int, Plan], plan: Plan) -> Adopt | PlanChange:
-        known = dict(plans)
-        if len(known) > 1:
-            known.popitem()
-        return publication(known, plan)
-
-    monkeypatch.setattr("elastic.job.publication", late)
-    assert "not the newest one" in first_violation()[0]
-
-
-def test_plans_deleted_without_a_whole_one_before_the_rest_are_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def forget(decided: Job) -> list[Effect]:
-        effects = forget_plans(decided)
-        return [effect for effect in effects if isinstance(effect, ForgetPlan)]
-
-    forget_plans = Job._forget_plans
-    monkeypatch.setattr("elastic.job.KEPT_PLANS", 1)
-    monkeypatch.setattr(Job, "_forget_plans", forget)
-    assert "is gone before" in first_violation()[0]
-
-
 def test_ranks_that_shrink_a_group_by_what_each_sees_of_it_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -376,47 +169,6 @@ def test_ranks_that_shrink_a_group_by_what_each_sees_of_it_are_found(
 
     monkeypatch.setattr(Groups, "shrinking", by_own_end)
     assert "and others make it anew" in first_violation()[0]
-
-
-def test_a_stall_of_one_node_that_suffices_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one(stalls: Stalls, awaited: Collection[Member]) -> str | None:
-        return next((cause for m in awaited if (cause := causes(stalls, [m]))), None)
-
-    causes = Stalls.cause
-    monkeypatch.setattr(Stalls, "cause", one)
-    assert "everybody is said to wait, but" in first_violation()[0]
-
-
-def test_a_node_that_goes_on_and_is_not_believed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def take(stalls: Stalls, node: int, stall: Stalled | None) -> None:
-        if stall is not None:
-            taken(stalls, node, stall)
-
-    taken = Stalls.take
-    monkeypatch.setattr(Stalls, "take", take)
-    assert "everybody is said to wait, but" in first_violation()[0]
-
-
-def test_a_stall_that_counts_after_its_generation_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def judge(news: NodeNews, stall: Stalled | None) -> bool:
-        """Words of a stall outlive it by much: its generation alone tells that it is over."""
-        return stall is not None and judged(news, stall)
-
-    def take(stalls: Stalls, node: int, stall: Stalled | None) -> None:
-        if stall is not None:
-            stalls._stalled[node] = stall
-
-    judged = NodeNews.judge
-    monkeypatch.setattr(NodeNews, "judge", judge)
-    monkeypatch.setattr(Stalls, "take", take)
-    assert "everybody is said to wait, but" in first_violation()[0]
-
-
-def test_a_stall_that_nobody_breaks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Job, "break_stall", lambda job, now: [])
-    assert "is left waiting" in first_violation()[0]
 
 
 def test_a_group_that_is_kept_although_everybody_waits_in_it_is_found(
