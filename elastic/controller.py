@@ -327,8 +327,8 @@ class Controller:
             return []
         if not self._job.plans:
             return self._job.start_late(now)
-        waited = limits.quiesce_timeout_seconds
-        self._job.quiescence.extend(now + waited)
+        waited = self._job.quiescence.patience
+        self._job.quiescence.extend(now, limits.quiesce_timeout_seconds)
         asked_to = f"stop for generation {self._job.generation}"
         late = sorted(self._job.quiescence.awaited)
         return [Send(Fence(member, asked_to, waited)) for member in late]

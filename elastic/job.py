@@ -67,7 +67,7 @@ class Job:
         known = {m: step for m, step in recorded.committed.items() if m in self._placed}
         self.commits = CommitLog(self._placed, known, shape.steps - 1)
         self.members = Membership(devices, home_devices(shape, devices))
-        self.quiescence = Quiescence((), now + limits.spawn_timeout_seconds)
+        self.quiescence = Quiescence((), now, limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
         self.stalls = Stalls(0)
         self.pace = PaceLog(self.plans)
@@ -177,8 +177,8 @@ class Job:
     def quiesce(self, now: float, *, urgent: bool, ask_agents: bool) -> None:
         """Wait for everybody involved that lives."""
         alive, involved = self.members.alive(), self.involved()
-        deadline = now + self.patience(urgent=urgent)
-        self.quiescence = Quiescence(involved & alive, deadline, involved - alive)
+        patience = self.patience(urgent=urgent)
+        self.quiescence = Quiescence(involved & alive, now, patience, involved - alive)
         self.members.employ(involved)
         if ask_agents:
             self.ask_agents(now)
@@ -278,7 +278,7 @@ class Job:
         if self.phase is Phase.RUNNING:
             self._ran = note.generation
             # Nobody needs the answers any more, and letting go of so many takes its time.
-            self.quiescence = Quiescence((), 0.0)
+            self.quiescence = Quiescence((), 0.0, 0.0)
             effects.append(Note("running", {"generation": note.generation}))
             effects += self._forget_plans()
         return effects

@@ -17,17 +17,19 @@ from elastic.topology import Member
 
 
 class Quiescence:
-    """What one announcement waits for; who is `lost` cannot answer. Times are in seconds."""
+    """What one announcement waits for, for `patience` from `now` on; who is `lost` cannot answer.
+    Times are in seconds."""
 
     def __init__(
-        self, awaited: Iterable[Member], deadline: float, lost: Iterable[Member] = ()
+        self, awaited: Iterable[Member], now: float, patience: float, lost: Iterable[Member] = ()
     ) -> None:
         # Answers are kept under the members of the plan, not under their equals in a report:
         # what is compared with the plan, and let go, is tens of thousands of them.
         self._awaited = {member: member for member in awaited}
         self.lost = set(lost)
         self.answers = Answers()
-        self._deadline = deadline
+        self.patience = patience
+        self._deadline = now + patience
         self._silent: set[int] = set()
         self._silence_deadline = math.inf
 
@@ -66,9 +68,10 @@ class Quiescence:
         """Whether the time to stop is over."""
         return now >= self._deadline
 
-    def extend(self, deadline: float) -> None:
-        """Those that are late were dealt with, and get until then."""
-        self._deadline = deadline
+    def extend(self, now: float, patience: float) -> None:
+        """Those that are late were dealt with, and get so much longer."""
+        self.patience = patience
+        self._deadline = now + patience
 
     def silent(self, now: float) -> list[int]:
         """The nodes whose agents did not answer in time."""
