@@ -65,7 +65,15 @@ class Luck:
         if strike.kind is not Kind.DRAIN:
             world.oracle.avoidance.is_calm = False
         match strike.kind:
-            case Kind.KILL | Kind.HANG | Kind.FALSE_ALARM | Kind.FLAP | Kind.CUT | Kind.LOSE:
+            case (
+                Kind.KILL
+                | Kind.HANG
+                | Kind.SLOW
+                | Kind.FALSE_ALARM
+                | Kind.FLAP
+                | Kind.CUT
+                | Kind.LOSE
+            ):
                 self._strike_workers(strike, at)
             case Kind.PARTITION:
                 self._partition(seconds)
@@ -102,6 +110,10 @@ class Luck:
                     world.kill(worker)
             case Kind.HANG:
                 self._hang(victim, strike.seconds)
+            case Kind.SLOW:
+                self._clock.tell("%s takes its time", victim.member)
+                victim.process.stopped = True
+                self._clock.after(3.0 + 3.0 * rng.random(), self._wake, victim)
             case Kind.FALSE_ALARM:
                 self._clock.tell("%s is taken for one that hangs", victim.member)
                 self._fence(victim)

@@ -14,6 +14,7 @@ class Kind(StrEnum):
 
     KILL = "kill workers"
     HANG = "stop a worker"
+    SLOW = "let a worker take its time"
     FALSE_ALARM = "fence a worker that works"
     FLAP = "kill the workers of one device again and again"
     CUT = "break a worker's connections"
@@ -31,7 +32,7 @@ class Kind(StrEnum):
 
 
 _WORKERS = (Kind.KILL,) * 10 + (Kind.HANG,) * 3 + (Kind.CUT, Kind.LOSE) * 2
-_WORKERS += (Kind.FALSE_ALARM, Kind.FLAP)
+_WORKERS += (Kind.FALSE_ALARM, Kind.FLAP, Kind.SLOW)
 _LEADER = (Kind.LEADER_KILL,) * 4 + (Kind.LEADER_STOP,) * 2 + (Kind.LEADER_CUT,)
 _REST = (
     Kind.PARTITION,
@@ -50,6 +51,8 @@ _NARROW = (
     (Kind.DRAIN,),
     # Devices are quarantined, and nothing else excuses their use.
     (Kind.FLAP,),
+    # Nodes wait for long, and go on.
+    (Kind.SLOW, Kind.SLOW, Kind.SLOW, Kind.LOSE),
 )
 """What some stories are about alone."""
 
