@@ -8,7 +8,7 @@ second generation; so it is kept as a suspicion, until a failure explains it or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from elastic.effects import Phase
@@ -40,6 +40,11 @@ class Adoption:
         self._involved = frozenset(involved)
         self._awaited: dict[RecoveryPhase, set[Member]] = {}
         self._done_at = dict.fromkeys(RecoveryPhase, 0.0)
+
+    @property
+    def awaited(self) -> Collection[Member]:
+        """Who has not finished the part that is under way; nobody once all are."""
+        return next((members for members in self._awaited.values() if members), ())
 
     def take(self, note: PhaseDone) -> float | None:
         """A worker finished a part; returns when the last one did, once all have."""

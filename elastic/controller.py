@@ -22,9 +22,10 @@ controller can go on from what is recorded there (`begin`), in whatever phase th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, get_args
 
+from elastic import notes
 from elastic.adoption import Adoption
 from elastic.effects import (
     AgentGone,
@@ -57,7 +58,6 @@ from elastic.messages import (
     RecoveryPhase,
     StepDone,
 )
-from elastic.notes import EntryId, component_fault_note, entry_id, fault_note
 from elastic.plan import Plan
 from elastic.recorded import NOTHING_RECORDED, Recorded
 from elastic.topology import DeviceId, Member
@@ -88,20 +88,20 @@ class Controller:
         }
         self._recorded = recorded
 
-    def begin(self, journaled: Collection[EntryId | None], now: float) -> list[Effect]:
+    def begin(self, journaled: Collection[notes.EntryId], now: float) -> list[Effect]:
         """Go on from what was recorded, before the first event.
 
         `journaled` are the entries that the journal has already.
         """
         return [
             effect
-            for effect in self._begin(now)
+            for effect in self._begin(journaled, now)
             if not isinstance(effect, Note)
-            or (identity := entry_id(effect.event, effect.fields)) is None
+            or (identity := notes.entry_id(effect.event, effect.fields)) is None
             or identity not in journaled
         ]
 
-    def _begin(self, now: float) -> list[Effect]:
+    def _begin(self, journaled: Collection[notes.EntryId], now: float) -> list[Effect]:
         recorded, members = self._recorded, self._job.members
         for node, life in recorded.dismissed:
             members.dismiss(node, life)
@@ -111,8 +111,14 @@ class Controller:
             members.remove(failed.member)
         self._job.probation.recall(recorded.failures, members.is_ready, now)
         effects: list[Effect] = [self._job.failure_note(failed) for failed in recorded.failures]
+        effects += (notes.drained_note(node, life) for node, life in sorted(recorded.dismissed))
+        gone = self._job.placed() - members.alive()
         effects += self._mourn(
-            self._job.placed() - members.alive() - {failed.member for failed in recorded.failures},
+            {
+                member
+                for member in gone - {failed.member for failed in recorded.failures}
+                if notes.entry_id("failure", {"id": str(member)}) not in journaled
+            },
             "its agent was gone when another controller began to lead",
             now,
         )
@@ -122,14 +128,17 @@ class Controller:
             effects.append(Note("took_over", fields))
         if recorded.announced is not None:
             announced = recorded.announced
-            self._job.quiesce(now, urgent=announced.urgent, ask_agents=announced.ask_agents)
+            effects.append(self._job.quiesce(announced, now))
             if self._job.plans and not announced.sever_all:
                 self._job.watch_stalls()
             for report in recorded.reports:
                 self._job.quiescence.take(report)
             for node in recorded.heard:
                 self._job.quiescence.hear(node)
-            effects += self._job.plan_if_quiet(now)
+            if self._job.plans and (unnamed := sorted(gone.difference(announced.lost))):
+                effects += self._announce_lost(unnamed, now)
+            else:
+                effects += self._job.plan_if_quiet(now)
         elif not self._job.plans:
             effects += self._job.plan_if_quiet(now)
         else:
@@ -140,7 +149,7 @@ class Controller:
 
     def _go_on(self, now: float) -> list[Effect]:
         """Nothing was announced since the newest plan: find out how far its workers came."""
-        effects: list[Effect] = [*self._job.newest_plan_notes(self._recorded.reports)]
+        effects: list[Effect] = [*notes.newest_plan_notes(self._recorded, self._job.shape.sizes)]
         everybody = self._job.involved()
         current = [
             status
@@ -158,14 +167,16 @@ class Controller:
                     done = PhaseDone(self._job.generation, status.member, phase, now)
                     effects += self._job.phase_done(done)
         if lost := sorted(involved - self._job.members.alive()):
-            names = ", ".join(str(member.device) for member in lost)
-            cause = f"{names} failed while nobody led"
-            return effects + self._job.announce(cause, True, now)
+            return effects + self._announce_lost(lost, now)
         for status in current:
             if status.broken:
                 self._job.suspect(status.member, now)
         effects += self._job.complete_if_done()
         return effects + self._job.improve(now) if self._job.phase is Phase.RUNNING else effects
+
+    def _announce_lost(self, lost: Iterable[Member], now: float) -> list[Effect]:
+        names = ", ".join(str(member.device) for member in lost)
+        return self._job.announce(f"{names} failed while nobody led", True, now)
 
     @property
     def phase(self) -> Phase:
@@ -254,6 +265,9 @@ class Controller:
             cause = (fault.fault, fault.at, None, fault.step) if fault else (None, None, None, None)
             effects.append(self._job.failure_note(Failed(failure, *cause)))
             effects += self._job.probation.failed(failure, now)
+            if self._job.members.is_ready(member.device):
+                # Another life of its agent has a new one there already.
+                self._job.probation.returned(member.device, now)
         return effects
 
     def _agent_gone(self, event: AgentGone, now: float) -> list[Effect]:
@@ -265,7 +279,7 @@ class Controller:
     def _component_fault(self, event: ComponentFault, now: float) -> list[Effect]:
         if event.node is not None:
             self._agent_faults[event.node, event.life] = event
-        return [component_fault_note(event)]
+        return [notes.component_fault_note(event)]
 
     def _node_alive(self, event: NodeAlive, now: float) -> list[Effect]:
         if event.generation == self._job.generation:
@@ -293,7 +307,7 @@ class Controller:
                     effects.append(Note("connection_lost", detail))
                     job.suspect(note.member, now)
                 case FaultFired():
-                    effects.append(fault_note(note))
+                    effects.append(notes.fault_note(note))
                 case _:
                     # A late word of an earlier generation.
                     continue

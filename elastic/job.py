@@ -11,21 +11,19 @@ from collections.abc import Iterable
 from operator import itemgetter
 
 from elastic.adoption import Adoption
-from elastic.answers import Answers
 from elastic.commit_log import CommitLog
 from elastic.effects import Effect, Finish, ForgetPlan, Limits, Note, Phase, Send
 from elastic.membership import Membership
 from elastic.messages import (
     Failed,
     Leave,
-    NodeReport,
     PhaseDone,
     Quiesce,
     RecoveryPhase,
     Stop,
     WholePlan,
 )
-from elastic.notes import failure_note, plan_note
+from elastic.notes import drained_note, failure_note, plan_notes, quiesce_note
 from elastic.pace import PaceLog
 from elastic.plan import NoPlan, Plan, changed_rows
 from elastic.plan_chain import KEPT_PLANS, publication
@@ -72,6 +70,7 @@ class Job:
         self.stalls = Stalls(0)
         self.pace = PaceLog(self.plans)
         self.probation = Probation(limits.quarantine)
+        self._announced: Quiesce | None = None
         self._fruitless = 0
         self._progress_at_announcement = -1
         self._judged: tuple[int, _There] = (0, (0, frozenset()))
@@ -123,13 +122,29 @@ class Job:
 
     def break_stall(self, now: float) -> list[Effect]:
         """If everybody waits for everybody, announce a generation in which nobody does."""
-        stopping = self.phase is Phase.QUIESCING
-        cause = self.stalls.cause(self.quiescence.awaited if stopping else self.commits.behind)
+        cause = self.stalls.cause(self._awaited())
         if cause is None:
             return []
         self.stalls = Stalls(0)
         note = Note("stalled", {"generation": max(self.plans), "reason": cause})
         return [note, *self.announce(cause, True, now, ask_agents=True, sever_all=True)]
+
+    def _reported(self, plan: Plan) -> int:
+        """The last step that a living worker said it committed, if `plan` begins before its end."""
+        if self.commits.newest < plan.resume_step:
+            return self.commits.newest
+        alive, steps = self.members.alive(), self.commits.steps
+        return max((steps[member] for member in alive & steps.keys()), default=-1)
+
+    def _awaited(self) -> Iterable[Member]:
+        """Those by whom the present phase is over once they have done something."""
+        match self.phase:
+            case Phase.QUIESCING:
+                return self.quiescence.awaited
+            case Phase.RUNNING:
+                return self.commits.behind
+            case _:
+                return self.adoption.awaited
 
     def announce(
         self,
@@ -160,28 +175,27 @@ class Job:
                 f"{cause}, after {self.limits.max_fruitless_recoveries} recoveries in a row "
                 "without a committed step; the journal and the workers' logs say what fails again"
             )
-        self.phase = Phase.QUIESCING
-        self.quiesce(now, urgent=urgent, ask_agents=ask_agents)
+        if self.phase is Phase.QUIESCING and self._announced is not None:
+            # It overtakes one that not everybody may have heard.
+            ask_agents |= self._announced.ask_agents
+            sever_all |= self._announced.sever_all
         reason = f"{cause}: {'stop at once' if urgent else 'stop after the step in flight'}"
-        lost = tuple(sorted(self.quiescence.lost))
+        lost = tuple(sorted(self.involved() - self.members.alive()))
         quiesce = Quiesce(self.generation, urgent, lost, reason, ask_agents, sever_all)
-        fields = {
-            "generation": self.generation,
-            "urgent": urgent,
-            "lost": [str(member) for member in quiesce.lost],
-            "awaited": len(self.quiescence.awaited),
-            "reason": reason,
-        }
-        return [Send(quiesce), Note("quiesce", fields), *self.plan_if_quiet(now)]
+        note = self.quiesce(quiesce, now)
+        return [Send(quiesce), note, *self.plan_if_quiet(now)]
 
-    def quiesce(self, now: float, *, urgent: bool, ask_agents: bool) -> None:
+    def quiesce(self, quiesce: Quiesce, now: float) -> Note:
         """Wait for everybody involved that lives."""
+        self.phase = Phase.QUIESCING
+        self._announced = quiesce
         alive, involved = self.members.alive(), self.involved()
-        patience = self.patience(urgent=urgent)
+        patience = self.patience(urgent=quiesce.urgent)
         self.quiescence = Quiescence(involved & alive, now, patience, involved - alive)
         self.members.employ(involved)
-        if ask_agents:
+        if quiesce.ask_agents:
             self.ask_agents(now)
+        return quiesce_note(quiesce, len(self.quiescence.awaited))
 
     def plan_if_quiet(self, now: float) -> list[Effect]:
         """Plan the generation that was announced, once nobody is awaited any more."""
@@ -210,34 +224,20 @@ class Job:
         if isinstance(plan, NoPlan):
             return self.halt(plan.reason)
         published, before = publication(self.plans, plan), self.plan
+        lost_steps = max(0, self._reported(plan) + 1 - plan.resume_step)
         self.plans[self.generation] = plan
         self._placed, self._participants = _members(plan)
         self.phase = Phase.REBUILDING
         self.adoption = Adoption(self.generation, self.involved())
         # While groups are built, that has its own limit, and not everybody has begun.
         self.stalls = Stalls(0)
-        notes = self._plan_notes(plan, before, answers)
+        # Nobody asks for the answers' steps again: this record goes on with them.
         held = answers.committed
         for member in _left(before, plan) if before else ():
             held.pop(member, None)
         self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
-        return [Send(published), *notes]
-
-    def newest_plan_notes(self, reports: Iterable[NodeReport]) -> list[Note]:
-        """What the journal is to have of the newest plan, which these reports were made for."""
-        *earlier, plan = self.plans.values()
-        answers = Answers(answer for report in reports for answer in report.workers)
-        return self._plan_notes(plan, earlier[-1] if earlier else None, answers)
-
-    def _plan_notes(self, plan: Plan, before: Plan | None, answers: Answers) -> list[Note]:
-        notes = []
-        if answers.by_member:
-            done_at = answers.last_at
-            quiesced = {"generation": plan.generation, "phase": "quiesce", "done_at": done_at}
-            notes.append(Note("phase_done", quiesced))
-        committed = max(answers.committed.values(), default=-1)
-        lost_steps = max(0, committed + 1 - plan.resume_step)
-        return [*notes, plan_note(plan, before, self.shape.sizes, lost_steps)]
+        sizes, stopped_at = self.shape.sizes, answers.last_at
+        return [Send(published), *plan_notes(plan, before, sizes, stopped_at, lost_steps)]
 
     def _situation(self, now: float) -> Situation:
         return Situation(
@@ -343,7 +343,7 @@ class Job:
             if agent.node not in self._in_use[1] and agent.rendezvous != meeting_at:
                 self.members.dismiss(agent.node, agent.life)
                 effects.append(Send(Leave(agent.node, agent.life)))
-                effects.append(Note("drained", {"node": agent.node}))
+                effects.append(drained_note(agent.node, agent.life))
         return effects
 
     def complete_if_done(self) -> list[Effect]:

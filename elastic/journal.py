@@ -4,7 +4,9 @@ The recorder sits beside the controller and sees what it sees. It writes on chan
 with its fields a line, and tells the same to its listener (the live view). No worker ever waits for
 a file. A controller that takes over opens the files of its predecessor and goes on with them.
 
-The files grow with the run, what is in memory does not: the summary is made from the files.
+The files grow with the run. In memory is what was told of recoveries, and nothing of steps; the
+summary is made from the files. What a step has in the journal is written before its line, so that a
+successor, who goes on behind the last line, misses none of it.
 """
 
 from __future__ import annotations
@@ -54,11 +56,13 @@ class Recorder:
         self._job = job
         self._listener = listener
         self._faults = faults
-        self._told = {entry_id(e["event"], e) for e in _lines(run_dir / "journal.jsonl")}
-        last_step = -1
-        self._last_generation = 0
-        for line in _lines(run_dir / "steps.jsonl"):
-            last_step, self._last_generation = line["step"], line["generation"]
+        self._told: set[EntryId] = set()
+        self._injected: set[int] = set()
+        self._resumed = 0
+        self._is_new = True
+        for entry in _lines(run_dir / "journal.jsonl"):
+            self._remember(entry["event"], entry)
+        last_step = max((line["step"] for line in _lines(run_dir / "steps.jsonl")), default=-1)
         self._step_log = StepLog(plans, after=last_step)
         self._ready: dict[int, tuple[str, ...]] = {}
         self._outcome: str | None = None
@@ -68,7 +72,7 @@ class Recorder:
     @property
     def is_new(self) -> bool:
         """Whether nothing was written yet."""
-        return not self._told
+        return self._is_new
 
     @property
     def is_concluded(self) -> bool:
@@ -76,7 +80,7 @@ class Recorder:
         return (self._run_dir / "summary.json").exists()
 
     @property
-    def told(self) -> Collection[EntryId | None]:
+    def told(self) -> Collection[EntryId]:
         """Of the entries that a journal has once, those that this one has."""
         return self._told
 
@@ -93,9 +97,8 @@ class Recorder:
             case Finish(outcome, reason):
                 self._outcome = outcome
                 self._write_steps(self._step_log.flush())
-                for fault in self._faults:
-                    if entry_id("fault_injected", {"fault": fault}) not in self._told:
-                        self.note(at, "fault_not_injected", {"fault": fault})
+                for fault in sorted(set(self._faults) - self._injected):
+                    self.note(at, "fault_not_injected", {"fault": fault})
                 self.note(at, "finish", {"outcome": outcome, "reason": reason})
             case AgentRecord():
                 ready = tuple(str(member) for member in seen.ready)
@@ -112,14 +115,13 @@ class Recorder:
     def catch_up(self, at: float, seen: object) -> None:
         """Write those faults that `seen` tells of and that a predecessor did not write."""
         for note in fault_notes(seen):
-            if entry_id(note.event, note.fields) not in self._told:
-                self.observe(at, note)
+            self._note_once(at, note.event, note.fields)
 
     def note(self, at: float, event: str, fields: Mapping[str, Any]) -> None:
         """Write one event to the journal and tell the listener."""
         # Through msgspec, so that the listener gets what a reader of the file gets.
         entry = msgspec.json.decode(msgspec.json.encode({"at": at, "event": event, **fields}))
-        self._told.add(entry_id(event, entry))
+        self._remember(event, entry)
         _write_line(self._journal_file, entry)
         self._listener(event, entry)
 
@@ -137,19 +139,33 @@ class Recorder:
         partial.write_bytes(encoded + b"\n")
         partial.replace(self._run_dir / "summary.json")
 
+    def _remember(self, event: str, fields: Mapping[str, Any]) -> None:
+        self._is_new = False
+        if (identity := entry_id(event, fields)) is not None:
+            self._told.add(identity)
+        if event == "fault_injected":
+            self._injected.add(fields["fault"])
+        elif event == "resumed":
+            self._resumed = fields["generation"]
+
+    def _note_once(self, at: float, event: str, fields: Mapping[str, Any]) -> None:
+        if entry_id(event, fields) not in self._told:
+            self.note(at, event, fields)
+
     def _write_steps(self, lines: list[StepLine]) -> None:
         for line in lines:
-            entry = {name: getattr(line, name) for name in STEP_FIELDS}
-            _write_line(self._steps_file, entry)
-            if line.generation > self._last_generation:
-                self._last_generation = line.generation
+            if line.generation > self._resumed:
                 resumed = {"generation": line.generation, "step": line.step}
-                self.note(line.at, "resumed", resumed)
+                self._note_once(line.at, "resumed", resumed)
             if line.replicas_equal is False:
                 digests = {str(replica): digest for replica, digest in line.replica_digests}
-                self.note(line.at, "replicas_differ", {"step": line.step, "digests": digests})
+                differ = {"step": line.step, "digests": digests}
+                self._note_once(line.at, "replicas_differ", differ)
             if not math.isfinite(line.grad_norm):
-                self.note(line.at, "non_finite", {"step": line.step, "update": "skipped"})
+                skipped = {"step": line.step, "update": "skipped"}
+                self._note_once(line.at, "non_finite", skipped)
+            entry = {name: getattr(line, name) for name in STEP_FIELDS}
+            _write_line(self._steps_file, entry)
             self._listener("step", entry)
 
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from elastic.effects import Note, Phase
-from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress
+from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress, Quiesce
 from elastic.plan import Plan, changed_rows
+from elastic.recorded import Recorded
 from ntp.atoms import AtomSizes
 
 EntryId: TypeAlias = tuple[Any, ...]
@@ -21,17 +22,23 @@ EntryId: TypeAlias = tuple[Any, ...]
 
 _TOLD_ONCE: Mapping[str, tuple[str, ...]] = {
     "failure": ("id",),
-    "fault_injected": ("fault",),
+    # A fault of a node strikes each of its workers.
+    "fault_injected": ("fault", "member", "component"),
+    "quiesce": ("generation",),
     "plan": ("generation",),
     "phase_done": ("generation", "phase"),
     "running": ("generation",),
+    "resumed": ("generation",),
+    "replicas_differ": ("step",),
+    "non_finite": ("step",),
+    "drained": ("node", "life"),
 }
 
 
 def entry_id(event: str, fields: Mapping[str, Any]) -> EntryId | None:
     """What identifies an entry that a journal has once; None if there may be more like it."""
     names = _TOLD_ONCE.get(event)
-    return None if names is None else (event, *(fields[name] for name in names))
+    return None if names is None else (event, *map(fields.get, names))
 
 
 def failure_note(
@@ -96,6 +103,56 @@ def fault_notes(event: object) -> list[Note]:
             return [fault_note(note) for note in event.notes if isinstance(note, FaultFired)]
         case _:
             return []
+
+
+def quiesce_note(quiesce: Quiesce, awaited: int) -> Note:
+    """An announcement, and how many workers are to answer it."""
+    return Note(
+        "quiesce",
+        {
+            "generation": quiesce.generation,
+            "urgent": quiesce.urgent,
+            "lost": [str(member) for member in quiesce.lost],
+            "awaited": awaited,
+            "reason": quiesce.reason,
+        },
+    )
+
+
+def drained_note(node: int, life: int) -> Note:
+    """An agent may leave."""
+    return Note("drained", {"node": node, "life": life})
+
+
+def plan_notes(
+    plan: Plan,
+    before: Plan | None,
+    sizes: Sequence[AtomSizes],
+    stopped_at: float,
+    lost_steps: int,
+) -> list[Note]:
+    """A plan, and when the last worker had stopped for it (0: nobody had to)."""
+    told = plan_note(plan, before, sizes, lost_steps)
+    if not stopped_at:
+        return [told]
+    fields = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
+    return [Note("phase_done", fields), told]
+
+
+def newest_plan_notes(recorded: Recorded, sizes: Sequence[AtomSizes]) -> list[Note]:
+    """The newest plan that is recorded, with those who stopped for it."""
+    *earlier, plan = recorded.plans.values()
+    answers = [answer for report in recorded.reports for answer in report.workers]
+    steps = [each.standing.committed for each in answers if each.standing is not None]
+    before_it = (s for s in recorded.statuses.values() if s.generation < plan.generation)
+    steps += [status.committed for status in before_it]
+    return plan_notes(
+        plan,
+        earlier[-1] if earlier else None,
+        sizes,
+        stopped_at=max((answer.at for answer in answers), default=0.0),
+        lost_steps=max(0, max(steps, default=-1) + 1 - plan.resume_step),
+    )
 
 
 def plan_note(plan: Plan, before: Plan | None, sizes: Sequence[AtomSizes], lost_steps: int) -> Note:

@@ -56,7 +56,8 @@ class Oracle:
     def __init__(self, clock: Clock, shape: JobShape) -> None:
         self.calm_at = 0.0
         self.plans: dict[int, Plan] = {}
-        self.journaled: set[EntryId | None] = set()
+        self.journaled: set[EntryId] = set()
+        self.announcements: set[int] = set()
         self.avoidance = Avoidance(clock, shape)
         self._clock = clock
         self._shape = shape
@@ -111,6 +112,7 @@ class Oracle:
                 check(plan == self.plans[plan.generation], f"plan {plan.generation} is another one")
                 self._whole_plan = plan.generation
             case Quiesce(generation):
+                self.announcements.add(generation)
                 check(
                     generation > self._announced or value == before,
                     f"generation {generation} was announced after {self._announced}",
@@ -181,7 +183,8 @@ class Oracle:
         """A process writes to the journal. Who leads no more may not know it yet."""
         self.avoidance.noted(process.name, note)
         if process.name == self._leader:
-            self.journaled.add(entry_id(note.event, note.fields))
+            identity = entry_id(note.event, note.fields)
+            self.journaled |= {identity} if identity else set()
 
     def fenced(self, worker: SimWorker) -> None:
         """An agent obeys the order to kill a worker."""
@@ -333,6 +336,7 @@ class Oracle:
             if at <= seen
         }
         expected |= {("plan", generation) for generation in self.plans}
+        expected |= {("quiesce", generation) for generation in self.announcements}
         missing = sorted(expected - self.journaled)
         check(not missing, f"the journal lacks {missing}")
         gone = self._failed.keys() | self._lost.keys()

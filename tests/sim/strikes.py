@@ -95,11 +95,11 @@ def new_strikes(rng: Random, steps: int) -> list[Strike]:
         narrow = rng.choice(_NARROW)
         return [_new_strike(rng, steps, rng.choice(narrow)) for _ in range(rng.randint(1, 4))]
     if rng.random() < 0.05:
-        # Groups lose members in peace, while somebody's connections break.
-        drains = [_new_strike(rng, steps, Kind.DRAIN) for _ in range(2)]
-        return drains + [
-            Strike(trigger, rng.randint(1, 2), Kind.CUT, 1, rng.random(), 0.0)
-            for trigger in ("commands", "reports")
+        # Somebody is to leave just when connections break that no failure explains.
+        point, at = rng.choice(("prepared", "voted", "computing")), rng.randrange(1, steps)
+        return [
+            Strike(point, at, kind, 1, rng.random(), 0.5)
+            for kind in (Kind.CUT, Kind.CUT, Kind.DRAIN, Kind.DRAIN)
         ]
     # Many stories are about workers and leaders alone: there nothing excuses a slow recovery.
     kinds = _WORKERS + _LEADER + (Kind.DRAIN,) * 2 + (2 * _REST if rng.random() < 0.6 else ())

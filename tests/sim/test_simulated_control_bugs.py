@@ -22,6 +22,7 @@ from elastic.job import Job
 from elastic.membership import Membership
 from elastic.messages import Adopt, PlanChange, StoreMessage
 from elastic.node_news import NodeNews
+from elastic.notes import newest_plan_notes
 from elastic.plan import Plan
 from elastic.plan_chain import publication
 from elastic.recorded import Recorded, read_messages
@@ -84,14 +85,14 @@ def test_a_take_over_that_counts_on_the_living_alone_is_found(
         job = controller._job
         job.phase = Phase.REBUILDING
         job.adoption = Adoption(job.generation, job.involved() & job.members.alive())
-        return [*job.newest_plan_notes(())]
+        return [*newest_plan_notes(controller._recorded, job.shape.sizes)]
 
     monkeypatch.setattr(Controller, "_go_on", go_on)
     assert first_violation()[0] == "stuck"
 
 
 def test_a_take_over_that_leaves_a_plan_untold_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Job, "newest_plan_notes", lambda self, reports: [])
+    monkeypatch.setattr("elastic.notes.newest_plan_notes", lambda recorded, sizes: [])
     found = first_violation()[0]
     assert "the journal lacks" in found and "'plan'" in found
 

@@ -137,7 +137,7 @@ class Stage:
         self.controller = Controller(shape, self.devices, limits, 0.0)
         self.limits = limits
         self.stored: dict[str, StoreMessage] = {}
-        self.journaled: set[EntryId | None] = set()
+        self.journaled: set[EntryId] = set()
         self._statuses: dict[Member, WorkerStatus] = {}
         self.lines: list[str] = []
         self.effects: list[Effect] = []
@@ -210,7 +210,8 @@ class Stage:
             elif isinstance(effect, ForgetPlan):
                 self.stored.pop(plan_key("job", effect.generation), None)
             elif isinstance(effect, Note):
-                self.journaled.add(entry_id(effect.event, effect.fields))
+                identity = entry_id(effect.event, effect.fields)
+                self.journaled |= {identity} if identity else set()
 
     def wait(self, seconds: float) -> list[Effect]:
         self.now += seconds

@@ -23,6 +23,7 @@ from elastic.effects import (
     StopRequested,
     Tick,
 )
+from elastic.keys import key_of
 from elastic.messages import (
     AgentRecord,
     ComponentFault,
@@ -224,3 +225,33 @@ def test_recoveries_that_lead_nowhere_end_the_job_with_the_last_cause() -> None:
     assert stage.controller.phase is Phase.HALTED
     finish = next(effect for effect in stage.effects if isinstance(effect, Finish))
     assert "4 recoveries in a row without a committed step" in finish.reason
+
+
+@pytest.mark.parametrize("successors", [False, True])
+def test_steps_that_were_committed_and_are_done_again_are_counted(
+    successors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stage, "successors", successors)
+    stage = running()
+    stage.steps(5)
+    dead = stage.member(0, 0)
+    stage.failed(dead)
+    # They committed step 5, and answer as if they had never done so.
+    stage.answers({m: committed(3) for m in stage.placed if m != dead})
+    note = next(e for e in stage.effects if isinstance(e, Note) and e.event == "plan")
+    assert (note.fields["resume_step"], note.fields["lost_steps"]) == (4, 2)
+
+
+def test_a_successor_tells_those_who_stop_who_else_was_lost_meanwhile() -> None:
+    stage = running()
+    stage.steps(3)
+    first, second = stage.member(0, 0), stage.member(1, 1)
+    stage.failed(first)
+    stage.journaled.clear()
+    failed = Failed(failure_of(second, at=stage.now), None, None, None)
+    stage.stored[key_of("job", failed)] = failed
+    effects = stage.succeed()
+    quiesce = next(e.message for e in effects if isinstance(e, Send))
+    assert isinstance(quiesce, Quiesce) and quiesce.lost == (first, second)
+    told = [(e.event, e.fields.get("generation")) for e in effects if isinstance(e, Note)]
+    assert ("quiesce", 2) in told and ("quiesce", 3) in told

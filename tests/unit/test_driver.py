@@ -60,7 +60,7 @@ def journal(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_faults_that_struck_while_nobody_led_are_written_once(tmp_path: Path) -> None:
     fired = FaultFired(1, Member(DeviceId(0, 0), 1), 4, "vote", 9.0)
-    known = {"at": 8.0, "event": "fault_injected", "fault": 3}
+    known = {"at": 8.0, "event": "fault_injected", "fault": 3, "component": "store"}
     (tmp_path / "journal.jsonl").write_text(json.dumps(known) + "\n")
 
     async def main() -> Finish:

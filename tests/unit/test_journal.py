@@ -12,7 +12,7 @@ from scenes import Stage, committed, job_shape, step_done
 
 from elastic.effects import Finish, Note
 from elastic.journal import Recorder
-from elastic.messages import AgentRecord, NodeProgress
+from elastic.messages import AgentRecord, FaultFired, NodeProgress
 
 STEP_FIELDS = [
     "step",
@@ -198,3 +198,34 @@ def plan_fields(generation: int) -> dict[str, Any]:
         "redone_samples": 0,
         "lost_steps": 0,
     }
+
+
+def test_a_leader_lost_before_the_line_of_a_step_loses_nothing_of_it(
+    tmp_path: Path, recorder: Recorder, stage: Stage, heard: Heard
+) -> None:
+    commit(recorder, stage, 0, grad_norm=float("nan"))
+    recorder.close()
+    (tmp_path / "steps.jsonl").write_text("")
+    successor = Recorder(tmp_path, "job", stage.controller.plans, heard)
+    commit(successor, stage, 0, grad_norm=float("nan"))
+    commit(successor, stage, 1)
+    events = [entry["event"] for entry in lines(tmp_path / "journal.jsonl")]
+    assert events == ["resumed", "non_finite"]
+    assert [line["step"] for line in lines(tmp_path / "steps.jsonl")] == [0, 1]
+
+
+def test_a_fault_of_a_node_is_noted_for_each_worker_whoever_leads(
+    tmp_path: Path, recorder: Recorder, stage: Stage, heard: Heard
+) -> None:
+    first, second = (FaultFired(1, member, 4, "vote", 9.0) for member in stage.placed[:2])
+    recorder.catch_up(9.0, NodeProgress(0, (first,)))
+    successor = Recorder(tmp_path, "job", stage.controller.plans, heard, faults=(1, 2))
+    successor.catch_up(9.0, NodeProgress(0, (first, second)))
+    successor.observe(10.0, Finish("completed", "done"))
+    told = [(e["event"], e.get("member")) for e in lines(tmp_path / "journal.jsonl")]
+    assert told == [
+        ("fault_injected", str(first.member)),
+        ("fault_injected", str(second.member)),
+        ("fault_not_injected", None),
+        ("finish", None),
+    ]

@@ -181,3 +181,24 @@ def test_who_has_committed_the_last_step_is_not_waited_for() -> None:
     stage.steps(9, [stage.member(1, 0), stage.member(1, 1), stage.member(0, 1)])
     stage.stalled(0, 1)
     assert announced(stage.wait(0.1))
+
+
+@pytest.mark.parametrize("successors", [False, True])
+def test_a_failure_on_the_way_out_of_a_stall_forgets_nothing_of_it(
+    successors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stage, "successors", successors)
+    stage = Stage(job_shape())
+    stage.start()
+    stage.steps(3)
+    for node in (0, 1):
+        stage.stalled(node, 1, 11.0)
+    stage.wait(0.1)
+    effects = stage.failed(stage.member(0, 0))
+    quiesce = next(e.message for e in effects if isinstance(e, Send))
+    assert isinstance(quiesce, Quiesce) and quiesce.generation == 3
+    assert quiesce.sever_all and quiesce.ask_agents
+    for node in (0, 1):
+        stage.node_alive(node)
+    stage.wait(0.1)
+    assert stage.controller.generation == 3, "the stall is broken already"
