@@ -66,6 +66,7 @@ def test_float32_stays_close(tmp_path: Path, calm_run: Callable[[str], Run]) -> 
     check_like_calm(run, calm_run("float32"), tolerance=1e-4, failures=1)
 
 
+@pytest.mark.chaos
 def test_a_process_that_raises_is_replaced_at_once(
     tmp_path: Path, calm_run: Callable[[str], Run]
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_process_that_raises_is_replaced_at_once(
     assert failure["kind"] == "process_exit"
 
 
+@pytest.mark.chaos
 def test_losing_a_whole_node_drops_its_replica_until_it_returns(
     tmp_path: Path, calm_run: Callable[[str], Run]
 ) -> None:
@@ -102,6 +104,7 @@ def test_losing_a_whole_node_drops_its_replica_until_it_returns(
     assert degrees[-1] == [[4], [4]], "the replica never came back"
 
 
+@pytest.mark.chaos
 def test_two_kills_in_one_step(tmp_path: Path, calm_run: Callable[[str], Run]) -> None:
     places = [((1, 2), "forward"), ((0, 1), "backward"), ((1, 0), "vote"), ((1, 3), "vote")]
     faults = kills(places)

@@ -83,6 +83,7 @@ def swallow(run: Launch, *, on: bool) -> None:
         subprocess.run([*inside, "ip", "link", "set", f"node{node}", *isolated], check=True)
 
 
+@pytest.mark.chaos
 def test_workers_whose_words_get_lost_wait_for_each_other_only_until_all_nodes_say_so(
     tmp_path: Path,
 ) -> None:
