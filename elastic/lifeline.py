@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 
-RETRY_SECONDS = 5.0
-"""Between attempts. The first one after the end of a connection comes at once; but a proxy may
-accept, and hang up, for one who is gone, again and again."""
+FIRST_PAUSE_SECONDS = 0.01
+"""Before the first new attempt: the kernel may close a process's connection before its listener."""
+LONGEST_PAUSE_SECONDS = 5.0
+"""Pauses double up to this: a proxy may accept, and hang up, for one who is gone, again and again.
+A connection that lasted longer ends that."""
 
 
 async def until_nobody_listens(address: str) -> None:
@@ -28,8 +29,9 @@ async def until_nobody_listens(address: str) -> None:
     Never returns if it was not reached even once.
     """
     host, _, port = address.rpartition(":")
-    reached, ended_at = False, -math.inf
+    reached, pause = False, FIRST_PAUSE_SECONDS
     while True:
+        began_at = time.monotonic()
         try:
             reader, writer = await asyncio.open_connection(host, int(port))
         except ConnectionRefusedError:
@@ -46,7 +48,7 @@ async def until_nobody_listens(address: str) -> None:
                     await reader.read(1)
             finally:
                 writer.close()
-            ended_before, ended_at = ended_at, time.monotonic()
-            if ended_at - ended_before > RETRY_SECONDS:
-                continue
-        await asyncio.sleep(RETRY_SECONDS)
+            if time.monotonic() - began_at > LONGEST_PAUSE_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
