@@ -116,7 +116,8 @@ def _print(config: RunConfig, pairs: list[Pair]) -> None:
     model, train = config.model, config.train
     table = Table(
         title=f"Failure-free speed: {REPLICAS} replicas x TP{config.parallel.tensor},"
-        f" hidden {model.hidden_size}, {model.num_layers} layers, {train.global_batch_size} x {train.seq_length} tokens a step"
+        f" hidden {model.hidden_size}, {model.num_layers} layers,"
+        f" {train.global_batch_size} x {train.seq_length} tokens a step"
     )
     table.add_column("pair")
     for name in ("everstep, steps/s", "bare loop, steps/s", "ratio", "of the fastest"):
