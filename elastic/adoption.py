@@ -21,6 +21,12 @@ _NEXT = {
     RecoveryPhase.RESUME: Phase.RUNNING,
 }
 
+_UNDER_WAY = {
+    Phase.REBUILDING: RecoveryPhase.REBUILD,
+    Phase.RESHARDING: RecoveryPhase.RESHARD,
+    Phase.RESUMING: RecoveryPhase.RESUME,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
@@ -44,7 +50,8 @@ class Adoption:
     @property
     def awaited(self) -> Collection[Member]:
         """Who has not finished the part that is under way; nobody once all are."""
-        return next((members for members in self._awaited.values() if members), ())
+        part = _UNDER_WAY.get(self.phase)
+        return () if part is None else self._awaited.get(part, self._involved)
 
     def take(self, note: PhaseDone) -> float | None:
         """A worker finished a part; returns when the last one did, once all have."""

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import Stage, committed, job_shape
 
+from elastic.adoption import Adoption
 from elastic.effects import Effect, Phase, Send
 from elastic.messages import PhaseDone, Quiesce, RecoveryPhase
 from elastic.node_news import NodeNews
@@ -202,3 +203,14 @@ def test_a_failure_on_the_way_out_of_a_stall_forgets_nothing_of_it(
         stage.node_alive(node)
     stage.wait(0.1)
     assert stage.controller.generation == 3, "the stall is broken already"
+
+
+def test_whoever_has_a_part_of_a_change_before_them_is_waited_for() -> None:
+    adoption = Adoption(2, MEMBERS)
+    for part in RecoveryPhase:
+        waited_for = list(MEMBERS)
+        for member in MEMBERS:
+            assert set(adoption.awaited) == set(waited_for), part
+            adoption.take(PhaseDone(2, member, part, 1.0))
+            waited_for.remove(member)
+    assert adoption.phase is Phase.RUNNING and not adoption.awaited
