@@ -102,11 +102,6 @@ class Job:
             Phase.RUNNING,
         )
 
-    def patience(self, *, urgent: bool) -> float:
-        """Seconds that workers may take to stop; a step in flight may be finished if not urgent."""
-        limits = self.limits
-        return limits.quiesce_timeout_seconds if urgent else limits.pause_timeout_seconds
-
     def suspect(self, member: Member, now: float) -> None:
         """`member` lost a connection in this generation."""
         self.adoption.suspect(member, now + self.limits.corroboration_seconds)
@@ -190,7 +185,11 @@ class Job:
         self.phase = Phase.QUIESCING
         self._announced = quiesce
         alive, involved = self.members.alive(), self.involved()
-        patience = self.patience(urgent=quiesce.urgent)
+        limits = self.limits
+        # A step in flight may be finished if it is not urgent.
+        patience = (
+            limits.quiesce_timeout_seconds if quiesce.urgent else limits.pause_timeout_seconds
+        )
         self.quiescence = Quiescence(involved & alive, now, patience, involved - alive)
         self.members.employ(involved)
         if quiesce.ask_agents:
