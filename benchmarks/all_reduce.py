@@ -86,7 +86,6 @@ def compare(connection: Connection, rank: int, size: int, address: str, budget: 
             ring.append(seconds(tensor, NEVER, repetitions))
         timings[nbytes] = (median(star), median(ring))
     give(connection, timings)
-    groups.close()
 
 
 def _measure(size: int, logs: Path, budget: float) -> Timings:

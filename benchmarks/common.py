@@ -151,6 +151,14 @@ class EverstepRun:
     steps: list[dict[str, Any]]
 
 
+def everstep_command(config: Path, overrides: Sequence[str], run_dir: Path) -> list[str]:
+    """The command line of `everstep run`."""
+    arguments = [sys.executable, "-c", _EVERSTEP, "run", str(config), "--run-dir", str(run_dir)]
+    for override in overrides:
+        arguments += ["--set", override]
+    return arguments
+
+
 def run_everstep(
     config: Path,
     overrides: Sequence[str],
@@ -165,9 +173,7 @@ def run_everstep(
         BenchmarkError: the run failed, took longer than `limit_seconds`, or did not complete.
     """
     run_dir.mkdir(parents=True)
-    arguments = [sys.executable, "-c", _EVERSTEP, "run", str(config), "--run-dir", str(run_dir)]
-    for override in overrides:
-        arguments += ["--set", override]
+    arguments = everstep_command(config, overrides, run_dir)
     if faults:
         faults_file = run_dir.with_suffix(".faults.yaml")
         # JSON is YAML.
@@ -179,7 +185,7 @@ def run_everstep(
             wait_for(
                 process,
                 log,
-                lambda: f"everstep: {_lines(steps_file)} steps committed",
+                lambda: f"everstep: {line_count(steps_file)} steps committed",
                 limit_seconds,
             )
         except BenchmarkError as error:
@@ -189,12 +195,14 @@ def run_everstep(
     summary = json.loads((run_dir / "summary.json").read_text())
     if summary["outcome"] != "completed":
         raise BenchmarkError(f"everstep ended as {summary['outcome']}:\n{log_tail(log)}")
-    return EverstepRun(summary, _read(run_dir / "journal.jsonl"), _read(steps_file))
+    return EverstepRun(summary, read_lines(run_dir / "journal.jsonl"), read_lines(steps_file))
 
 
-def _lines(file: Path) -> int:
+def line_count(file: Path) -> int:
+    """Lines of a file; 0 if it is not there yet."""
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines."""
     return [json.loads(line) for line in file.read_text().splitlines()]

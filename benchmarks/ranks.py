@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,13 @@ def say(connection: Connection, text: str) -> None:
 
 
 def give(connection: Connection, result: Any) -> None:
-    """In a rank: hand the result over."""
+    """In a rank, at its end: hand the result over, and stay until the benchmark ends it.
+
+    The others may still have to read what this rank sent them last.
+    """
     connection.send(("result", result))
+    with suppress(EOFError, OSError):
+        connection.recv_bytes()
 
 
 @contextmanager

@@ -156,7 +156,6 @@ def measure(
             measured = _measure(groups.world, rank, SHAPES[state], switch, repetitions)
             results[state, switch.name] = measured
     give(connection, results)
-    groups.close()
 
 
 def _measure(

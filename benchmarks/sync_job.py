@@ -81,7 +81,6 @@ def measure(
             if turn:  # The first is a warm-up.
                 costs[way].append(Cost(clock / steps, processor / steps))
     give(connection, costs)
-    job.groups.close()
 
 
 class _Job:

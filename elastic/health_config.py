@@ -19,7 +19,7 @@ class HealthConfig(Settings):
         description="Seconds a new worker process may take until it first reports itself ready.",
     )
     heartbeat_seconds: float = Field(
-        default=0.25, gt=0, description="Seconds between two heartbeats of a worker."
+        default=0.5, gt=0, description="Seconds between two heartbeats of a worker."
     )
     heartbeat_timeout_seconds: float = Field(
         default=3.0,
@@ -136,6 +136,11 @@ class HealthConfig(Settings):
     quarantine_max_seconds: float = Field(
         default=3600.0, gt=0, description="Seconds that no quarantine exceeds."
     )
+
+    @property
+    def look_seconds(self) -> float:
+        """Seconds between two looks of an agent at its workers."""
+        return min(self.heartbeat_seconds, self.stopped_timeout_seconds / 2)
 
     @property
     def liveness(self) -> LivenessPolicy:

@@ -32,13 +32,10 @@ class Heart:
         """The training thread turns to `activity`; `cold`: what it takes says nothing of later."""
         self._log.begin(activity, step, time.monotonic(), generation=generation, cold=cold)
 
-    def wait(self) -> None:
-        """It waits for others; waits may nest."""
-        self._log.wait(time.monotonic())
-
-    def resume(self) -> None:
-        """The wait begun last is over."""
-        self._log.resume(time.monotonic())
+    @property
+    def waits(self) -> ActivityLog:
+        """Who is to be told when it waits for others."""
+        return self._log
 
     def _beat(self) -> None:
         while True:

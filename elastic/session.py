@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from ntp.geometry import SlotRef
 
@@ -65,12 +66,11 @@ class Session:
 
     def start(self) -> Session:
         """The step in flight begins, and adds to whatever gradients were kept of it."""
-        return replace(self._move("start", StepPoint.IDLE, StepPoint.COMPUTING), kept=0)
+        return self._move("start", StepPoint.IDLE, StepPoint.COMPUTING, kept=0)
 
     def keep(self, generation: int) -> Session:
         """The step stops behind backward: its gradients are those of `generation`'s plan alone."""
-        self._move("keep", StepPoint.COMPUTING, StepPoint.COMPUTING)
-        return replace(self, kept=generation)
+        return self._move("keep", StepPoint.COMPUTING, StepPoint.COMPUTING, kept=generation)
 
     def prepare(self) -> Session:
         """Reduced gradients are held."""
@@ -78,22 +78,22 @@ class Session:
 
     def hold_vote(self, vote: tuple[float, ...]) -> Session:
         """The vote's result is held."""
-        moved = self._move("hold_vote", StepPoint.PREPARED, StepPoint.VOTED)
-        return replace(moved, vote=vote, voted=self.step)
+        return self._move(
+            "hold_vote", StepPoint.PREPARED, StepPoint.VOTED, vote=vote, voted=self.step
+        )
 
     def commit(self) -> Session:
         """Parameters are updated."""
-        moved = self._move("commit", StepPoint.VOTED, StepPoint.IDLE)
-        return replace(moved, committed=self.committed + 1)
+        return self._move("commit", StepPoint.VOTED, StepPoint.IDLE, committed=self.step)
 
     def drop(self, salvaged: bool = False) -> Session:
         """The step in flight is given up, to be redone: all of it, or what is not `salvaged`."""
         return replace(self, point=StepPoint.IDLE, kept=self.kept if salvaged else 0)
 
-    def _move(self, event: str, source: StepPoint, target: StepPoint) -> Session:
+    def _move(self, event: str, source: StepPoint, target: StepPoint, **known: Any) -> Session:
         if self.point is not source:
             raise SessionError(f"{event} in step {self.step}, which is {self.point}, not {source}")
-        return replace(self, point=target)
+        return replace(self, point=target, **known)
 
 
 @dataclass(frozen=True, slots=True)

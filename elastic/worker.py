@@ -115,7 +115,6 @@ class Worker:
         """Whether a new generation is announced that waits for the step in flight."""
         return self._quiesce is not None and self._quiesce.generation > self.generation
 
-    @property
     def stop_requested(self) -> bool:
         """Whether a new generation is announced that does not wait."""
         quiesce = self._quiesce
@@ -128,7 +127,7 @@ class Worker:
         """
         self._in_model = False
         self._compute_seconds = time.perf_counter() - self._compute_began
-        if unmixed and self.stop_requested:
+        if unmixed and self.stop_requested():
             self.session = self.session.keep(self.generation)
         self.check()
         self.turn_to(Activity.GRADIENT_SYNC)
@@ -140,7 +139,7 @@ class Worker:
 
     def check(self) -> None:
         """Raise StepAborted if a new generation is announced that does not wait."""
-        if self.stop_requested:
+        if self.stop_requested():
             assert self._quiesce is not None
             raise StepAborted(self._quiesce.reason)
 
@@ -222,12 +221,13 @@ class Worker:
         middle of each phase, while others wait for this worker. Raises RuntimeError if the change
         is interrupted.
         """
+        participants = [assignment.member for assignment in plan.participants]
+        rank = participants.index(self.member)
         self.plan = plan
         place = self.coordinate
         self._settle(plan, trainable)
         self.turn_to(Activity.REBUILD)
         self._slot = place.slot_ref
-        rank = [assignment.member for assignment in plan.participants].index(self.member)
         donates = rank >= len(plan.placement)
         keeps = place.replica in plan.kept_replicas
         kept = replica_groups(plan, self.member) if keeps else {}
@@ -239,7 +239,7 @@ class Worker:
             at(FaultPhase.REBUILD)
             self.groups.adopt(
                 plan.groups_of(rank),
-                [str(assignment.member) for assignment in plan.participants],
+                [str(member) for member in participants],
                 rank,
                 plan.generation,
                 store,

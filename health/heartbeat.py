@@ -74,26 +74,24 @@ class Heartbeat:
 
 
 class _Running(NamedTuple):
-    """The span under way, in readings of the worker's clock; `depth` counts nested waits.
-
-    Replaced twice in every collective: a frozen dataclass would take three times as long.
-    """
+    """The span under way; `began` is a reading of the worker's clock."""
 
     activity: Activity
     step: int
     generation: int
     cold: bool
     began: float
-    waited_seconds: float = 0.0
-    longest_wait_seconds: float = 0.0
-    depth: int = 0
-    waiting_since: float = 0.0
 
-    def span(self, now: float) -> Span:
-        until = self.waiting_since if self.depth else now
-        own = until - self.began - self.waited_seconds
-        longest = self.longest_wait_seconds
-        return Span(self.activity, self.step, self.generation, self.cold, own, longest)
+
+_Waits = tuple[_Running, float, float, float | None]
+"""The span under way, the seconds of its waits that are over, the longest of them, and when the one
+under way began (None: none). A bare tuple, as it is replaced twice in every wait, of which a step
+has hundreds: a dataclass, or one with names, would take ten times as long."""
+
+
+def _span(running: _Running, waited: float, longest: float, until: float) -> Span:
+    own = until - running.began - waited
+    return Span(*running[:4], own, longest)
 
 
 class ActivityLog:
@@ -105,37 +103,44 @@ class ActivityLog:
     def __init__(self, device: DeviceId, incarnation: int, now: float) -> None:
         self._device = device
         self._incarnation = incarnation
-        self._running = _Running(Activity.AWAITING_PLAN, 0, 0, True, now)
+        self._state: _Waits = (_Running(Activity.AWAITING_PLAN, 0, 0, True, now), 0.0, 0.0, None)
+        self._depth = 0
         self._finished: deque[Span] = deque(maxlen=RECENT_SPANS * len(Activity))
 
     def begin(
         self, activity: Activity, step: int, now: float, *, generation: int, cold: bool
     ) -> None:
         """The activity under way ends, and another begins."""
-        assert self._running.depth == 0, f"{self._running.activity} ended inside a wait"
-        self._finished.append(self._running.span(now))
-        self._running = _Running(activity, step, generation, cold, now)
+        running, waited, longest, _ = self._state
+        assert self._depth == 0, f"{running.activity} ended inside a wait"
+        self._finished.append(_span(running, waited, longest, now))
+        self._state = (_Running(activity, step, generation, cold, now), 0.0, 0.0, None)
 
     def wait(self, now: float) -> None:
         """A wait for others begins. One inside another is part of that."""
-        running = self._running
-        since = running.waiting_since if running.depth else now
-        self._running = running._replace(depth=running.depth + 1, waiting_since=since)
+        if not self._depth:
+            running, waited, longest, _ = self._state
+            self._state = (running, waited, longest, now)
+        self._depth += 1
 
     def resume(self, now: float) -> None:
         """The wait begun last is over."""
-        running = self._running
-        assert running.depth > 0, f"{running.activity} resumed without a wait"
-        waited = now - running.waiting_since if running.depth == 1 else 0.0
-        self._running = running._replace(
-            depth=running.depth - 1,
-            waited_seconds=running.waited_seconds + waited,
-            longest_wait_seconds=max(running.longest_wait_seconds, waited),
-        )
+        running, waited, longest, since = self._state
+        assert since is not None, f"{running.activity} resumed without a wait"
+        self._depth -= 1
+        if not self._depth:
+            seconds = now - since
+            self._state = (
+                running,
+                waited + seconds,
+                seconds if seconds > longest else longest,
+                None,
+            )
 
     def heartbeat(self, now: float) -> Heartbeat:
         """The heartbeat to send now; finished spans are handed out once."""
         finished = tuple(self._finished.popleft() for _ in range(len(self._finished)))
-        running = self._running
-        waiting = now - running.waiting_since if running.depth else None
-        return Heartbeat(self._device, self._incarnation, running.span(now), waiting, finished)
+        running, waited, longest, since = self._state
+        current = _span(running, waited, longest, now if since is None else since)
+        waiting = None if since is None else now - since
+        return Heartbeat(self._device, self._incarnation, current, waiting, finished)

@@ -1,7 +1,7 @@
 """Which workers of a node hang: heartbeats in, signals out.
 
 Pure. The agent says when a worker process starts and ends, hands over each heartbeat, and asks
-`expired` with each interval of heartbeats. Four rules, each with its own limit in the policy:
+`expired` at least as often as heartbeats come. Four rules, each with its own limit in the policy:
 
     NotReady       it sent no heartbeat since it started
     HeartbeatLost  its heartbeats ceased
@@ -182,6 +182,9 @@ class Liveness:
             return None
         # Nothing is added for the time since the heartbeat: the activity may have ended by now.
         own = current.own_seconds
+        if own <= self._policy.progress_floor_seconds:
+            # No deadline is below it, and to learn one takes a look at all spans.
+            return None
         deadline = worker.deadline(self._policy, current, lambda span: span.own_seconds)
         if own <= deadline.seconds:
             return None
@@ -194,7 +197,7 @@ class Liveness:
         current, waiting = newest.current, newest.waiting_seconds
         # One that is silent may have gone on since, and its silence has a limit of its own.
         silent = self._attention - worker.heard_at > self._policy.overdue_seconds
-        if waiting is None or silent:
+        if waiting is None or waiting <= self._policy.progress_floor_seconds or silent:
             return None
         deadline = worker.deadline(self._policy, current, lambda span: span.longest_wait_seconds)
         if waiting <= deadline.seconds:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 
 import torch.distributed as dist
 
@@ -116,7 +117,7 @@ class ProcessGroups:
             else:
                 place = "-".join(str(number) for number in spec.index)
                 prefix = dist.PrefixStore(f"{generation}/{spec.axis}/{place}", store)
-                self._waits.wait()
+                self._waits.wait(monotonic())
                 try:
                     if key in shrinks:
                         self._live[key] = self._live[key].shrunk_to(names)
@@ -124,7 +125,7 @@ class ProcessGroups:
                         position = spec.ranks.index(rank)
                         self._live[key] = _connect(self._link, prefix, position, names)
                 finally:
-                    self._waits.resume()
+                    self._waits.resume(monotonic())
             self._bind(spec.axis, self._live[key])
 
     def close(self) -> None:

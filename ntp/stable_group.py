@@ -22,6 +22,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
+from time import monotonic
 from typing import Any, Protocol
 
 import torch
@@ -105,22 +106,26 @@ class Communicator:
 
 
 class Waits(Protocol):
-    """Who is told when this process waits for others, and when it goes on; calls may nest."""
+    """Who is told when this process waits for others, and when it goes on; calls may nest.
 
-    def wait(self) -> None:
+    `now` is a reading of the monotonic clock, in seconds. A step waits dozens of times, so whoever
+    keeps the account is told directly.
+    """
+
+    def wait(self, now: float) -> None:
         """A wait begins."""
 
-    def resume(self) -> None:
+    def resume(self, now: float) -> None:
         """The wait begun last is over."""
 
 
 class Unwatched:
     """Nobody wants to know."""
 
-    def wait(self) -> None:
+    def wait(self, now: float) -> None:
         """A wait begins."""
 
-    def resume(self) -> None:
+    def resume(self, now: float) -> None:
         """It is over."""
 
 
@@ -151,11 +156,11 @@ class _Watched:
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait until the work is done."""
         limit = timeout or self._timeout
-        self._waits.wait()
+        self._waits.wait(monotonic())
         try:
             return bool(self._work.wait(limit) if limit is not None else self._work.wait())
         finally:
-            self._waits.resume()
+            self._waits.resume(monotonic())
 
     def is_completed(self) -> bool:
         """Whether a wait would return at once."""
@@ -196,16 +201,18 @@ class StableGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         """Reduce in place over the group; small tensors over gloo take the star (see module)."""
-        inner = self.inner
+        inner, communicator = self.inner, self.communicator
         opts = opts if opts is not None else dist.AllreduceOptions()
         tensor = tensors[0] if isinstance(tensors, (list, tuple)) else tensors
         small = tensor.numel() * tensor.element_size() * (inner.size() - 1) <= STAR_LIMIT_BYTES
-        if isinstance(inner, dist.ProcessGroupGloo) and small and tensor.is_contiguous():
-            self._waits.wait()
+        is_star = small and isinstance(inner, dist.ProcessGroupGloo) and tensor.is_contiguous()
+        if is_star and communicator is not None:
+            # One wait for all of its messages: a step has a dozen of these and more.
+            self._waits.wait(monotonic())
             try:
-                _star_all_reduce(self, tensor, opts.reduceOp)
+                _star_all_reduce(inner, tensor, opts.reduceOp, communicator.timeout)
             finally:
-                self._waits.resume()
+                self._waits.resume(monotonic())
             return _Done()
         return self._watched(inner.allreduce([tensor], opts))
 
@@ -264,8 +271,11 @@ class StableGroup(dist.ProcessGroup):
         return self._watched(self.inner.barrier(opts))
 
 
-def _star_all_reduce(group: Any, tensor: torch.Tensor, operation: Any) -> None:
-    """All-reduce through rank 0, which combines contributions in rank order."""
+def _star_all_reduce(group: Any, tensor: torch.Tensor, operation: Any, timeout: timedelta) -> None:
+    """All-reduce through rank 0, which combines contributions in rank order.
+
+    `timeout` bounds the wait for each message.
+    """
     size, rank = group.size(), group.rank()
     if size == 1:
         return
@@ -273,17 +283,17 @@ def _star_all_reduce(group: Any, tensor: torch.Tensor, operation: Any) -> None:
         given = group.send([tensor], 0, STAR_TAG)
         # The sum comes when all of the part has left, so it may take its place. A wait for the part
         # would not notice that the first rank was lost in the middle of it.
-        group.recv([tensor], 0, STAR_TAG + 1).wait()
-        given.wait()
+        group.recv([tensor], 0, STAR_TAG + 1).wait(timeout)
+        given.wait(timeout)
         return
     received = [torch.empty_like(tensor) for _ in range(size - 1)]
     pending = [group.recv([buffer], peer + 1, STAR_TAG) for peer, buffer in enumerate(received)]
     for work, buffer in zip(pending, received, strict=True):
-        work.wait()
+        work.wait(timeout)
         if operation == dist.ReduceOp.MAX:
             torch.maximum(tensor, buffer, out=tensor)
         else:
             assert operation == dist.ReduceOp.SUM, operation
             tensor += buffer
     for work in [group.send([tensor], peer, STAR_TAG + 1) for peer in range(1, size)]:
-        work.wait()
+        work.wait(timeout)

@@ -51,7 +51,7 @@ def run_worker(connection: Connection, spec: WorkerSpec) -> None:
         spec.health.rebuild_timeout_seconds,
         spec.health.collective_timeout_seconds,
     )
-    groups = ProcessGroups(link, heart)
+    groups = ProcessGroups(link, heart.waits)
     worker = Worker(spec.member, agent, heart, groups, device)
     steps = StepLoop(config, worker, spec, device)
     if steps.corpus.fingerprint != payload.corpus:
@@ -119,7 +119,7 @@ class StepLoop:
             generation.plan.stages if len(generation.chunks) > 1 else 1,
             self._device,
         )
-        generation.sync.begin(state.gradients, len(batch.sizes), lambda: worker.stop_requested)
+        generation.sync.begin(state.gradients, len(batch.sizes), worker.stop_requested)
         state.loss_sum += generation.passes.run(
             lambda: iter(batch), batch.sizes, self._train.seq_length
         )
@@ -171,6 +171,8 @@ class StepLoop:
 
     def strike(self, phase: FaultPhase) -> None:
         """Carry out the injected fault that is due in this phase, if any."""
+        if self._faults.is_empty:
+            return
         worker = self._worker
         if phase in RECOVERY_PHASES:
             plan = worker.plan

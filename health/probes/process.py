@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from health.classify import ProcessExited
@@ -10,6 +11,8 @@ from health.events import DeviceId
 
 LOG_TAIL_CHARACTERS = 300
 PROC = Path("/proc")
+STAT_BYTES = 512
+"""More than the first three fields of a process's ``stat`` have."""
 
 
 def read_exit(device: DeviceId, incarnation: int, status: int, log: Path) -> ProcessExited:
@@ -47,10 +50,17 @@ def is_stopped(pid: int, proc: Path = PROC) -> bool:
 
     False for one that ended, and on systems without /proc, where a hang is still found, but later.
     """
+    # Asked of every worker some times a second: a Path and a file object would cost twice as much.
     try:
-        stat = (proc / str(pid) / "stat").read_bytes()
+        file = os.open(f"{proc}/{pid}/stat", os.O_RDONLY)
     except OSError:
         return False
+    try:
+        stat = os.read(file, STAT_BYTES)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
     # The second field, in parentheses, is the program's name and may itself contain anything.
     _, _, after_name = stat.rpartition(b")")
     return after_name.split()[:1] in ([b"T"], [b"t"])
