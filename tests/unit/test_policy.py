@@ -34,8 +34,8 @@ def test_every_threshold_is_positive_and_finite(
     ("change", "message"),
     [
         (
-            {"heartbeat_timeout_seconds": 1.0},
-            r"heartbeat_timeout_seconds: 1 must be above 2 x heartbeat_seconds \(1\)",
+            {"heartbeat_timeout_seconds": 2.0},
+            r"heartbeat_timeout_seconds: 2 must be above 2 x heartbeat_seconds \(2\)",
         ),
         (
             {"progress_initial_seconds": 9.0},
