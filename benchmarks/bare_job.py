@@ -18,11 +18,14 @@ from trainer.config import RunConfig
 
 CONFIG = "config.json"
 STEPS = "steps.jsonl"
+"""As everstep names its own."""
+
 RESULT = "result.json"
 
 
 def main() -> None:
     """Train in the folder named on the command line."""
+    # Only here, as this loads torch, for which who needs the files' names should not wait.
     from benchmarks.bare_loop import train
 
     folder = Path(sys.argv[1])

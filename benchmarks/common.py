@@ -72,12 +72,13 @@ def run_main(main: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary directory; SIGTERM ends the benchmark as Ctrl-C does, so that it is removed."""
+    """A temporary directory, which is removed also when SIGTERM or SIGHUP ends the benchmark."""
 
     def interrupt(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     with tempfile.TemporaryDirectory(prefix="everstep-bench-", ignore_cleanup_errors=True) as name:
         yield Path(name)
 

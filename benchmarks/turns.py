@@ -47,7 +47,8 @@ class Turns:
 
     def release(self) -> None:
         """Let the job run from now on; no turn is counted."""
-        for pid in reversed(list(_tree(self._pid))):
+        # A member whose parent is gone is no longer in the tree.
+        for pid in {*self._members, *_tree(self._pid)}:
             _signal(pid, signal.SIGCONT)
 
     def had(self, moment: float) -> float:

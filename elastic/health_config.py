@@ -22,10 +22,10 @@ class HealthConfig(Settings):
         default=1.0, gt=0, description="Seconds between two heartbeats of a worker."
     )
     heartbeat_timeout_seconds: float = Field(
-        default=3.0,
+        default=4.0,
         gt=0,
         description="Seconds of silence after which a worker is killed as hung; must be above two "
-        "heartbeats, and longer than the training thread ever holds Python's lock.",
+        "heartbeats, and longer by one than the training thread ever holds Python's lock.",
     )
     stopped_timeout_seconds: float = Field(
         default=0.5,
@@ -136,11 +136,6 @@ class HealthConfig(Settings):
     quarantine_max_seconds: float = Field(
         default=3600.0, gt=0, description="Seconds that no quarantine exceeds."
     )
-
-    @property
-    def look_seconds(self) -> float:
-        """Seconds between two looks of an agent at its workers."""
-        return min(self.heartbeat_seconds, self.stopped_timeout_seconds / 2)
 
     @property
     def liveness(self) -> LivenessPolicy:

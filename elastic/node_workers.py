@@ -134,7 +134,7 @@ class NodeWorkers:
     async def watch(self) -> None:
         """Fence workers that hang, and say whether any can go on, until cancelled."""
         while True:
-            await asyncio.sleep(self._spec.health.look_seconds)
+            await asyncio.sleep(self._spec.health.liveness.look_seconds)
             stopped = [
                 process.member.device
                 for process in self._running()

@@ -24,7 +24,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
 
 from ntp.geometry import SlotRef
 
@@ -66,34 +65,36 @@ class Session:
 
     def start(self) -> Session:
         """The step in flight begins, and adds to whatever gradients were kept of it."""
-        return self._move("start", StepPoint.IDLE, StepPoint.COMPUTING, kept=0)
+        self._check("start", StepPoint.IDLE)
+        return replace(self, point=StepPoint.COMPUTING, kept=0)
 
     def keep(self, generation: int) -> Session:
         """The step stops behind backward: its gradients are those of `generation`'s plan alone."""
-        return self._move("keep", StepPoint.COMPUTING, StepPoint.COMPUTING, kept=generation)
+        self._check("keep", StepPoint.COMPUTING)
+        return replace(self, kept=generation)
 
     def prepare(self) -> Session:
         """Reduced gradients are held."""
-        return self._move("prepare", StepPoint.COMPUTING, StepPoint.PREPARED)
+        self._check("prepare", StepPoint.COMPUTING)
+        return replace(self, point=StepPoint.PREPARED)
 
     def hold_vote(self, vote: tuple[float, ...]) -> Session:
         """The vote's result is held."""
-        return self._move(
-            "hold_vote", StepPoint.PREPARED, StepPoint.VOTED, vote=vote, voted=self.step
-        )
+        self._check("hold_vote", StepPoint.PREPARED)
+        return replace(self, point=StepPoint.VOTED, vote=vote, voted=self.step)
 
     def commit(self) -> Session:
         """Parameters are updated."""
-        return self._move("commit", StepPoint.VOTED, StepPoint.IDLE, committed=self.step)
+        self._check("commit", StepPoint.VOTED)
+        return replace(self, point=StepPoint.IDLE, committed=self.step)
 
     def drop(self, salvaged: bool = False) -> Session:
         """The step in flight is given up, to be redone: all of it, or what is not `salvaged`."""
         return replace(self, point=StepPoint.IDLE, kept=self.kept if salvaged else 0)
 
-    def _move(self, event: str, source: StepPoint, target: StepPoint, **known: Any) -> Session:
+    def _check(self, event: str, source: StepPoint) -> None:
         if self.point is not source:
             raise SessionError(f"{event} in step {self.step}, which is {self.point}, not {source}")
-        return replace(self, point=target, **known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,7 @@ class Worker:
         """Whether a new generation is announced that waits for the step in flight."""
         return self._quiesce is not None and self._quiesce.generation > self.generation
 
+    # Not a property, as gradient sync asks it dozens of times a step.
     def stop_requested(self) -> bool:
         """Whether a new generation is announced that does not wait."""
         quiesce = self._quiesce

@@ -12,8 +12,8 @@ all its peers wait, but adds nothing to their own time, so own time can be held 
 Heartbeats carry ages, never clock readings, so that clocks need not agree.
 
 `ActivityLog` is the worker's side. The training thread writes to it and the heartbeat's thread
-reads it without a lock: the state is one immutable value, replaced in one assignment, and finished
-spans pass through a deque, whose operations are atomic.
+reads it without a lock: what it reads is one immutable value, replaced in one assignment, and
+finished spans pass through a deque, whose operations are atomic.
 """
 
 from __future__ import annotations
@@ -86,12 +86,18 @@ class _Running(NamedTuple):
 _Waits = tuple[_Running, float, float, float | None]
 """The span under way, the seconds of its waits that are over, the longest of them, and when the one
 under way began (None: none). A bare tuple, as it is replaced twice in every wait, of which a step
-has hundreds: a dataclass, or one with names, would take ten times as long."""
+has dozens: a dataclass, or one with names, would take several times as long."""
 
 
 def _span(running: _Running, waited: float, longest: float, until: float) -> Span:
-    own = until - running.began - waited
-    return Span(*running[:4], own, longest)
+    return Span(
+        running.activity,
+        running.step,
+        running.generation,
+        running.cold,
+        own_seconds=until - running.began - waited,
+        longest_wait_seconds=longest,
+    )
 
 
 class ActivityLog:
@@ -104,6 +110,7 @@ class ActivityLog:
         self._device = device
         self._incarnation = incarnation
         self._state: _Waits = (_Running(Activity.AWAITING_PLAN, 0, 0, True, now), 0.0, 0.0, None)
+        # For the training thread alone.
         self._depth = 0
         self._finished: deque[Span] = deque(maxlen=RECENT_SPANS * len(Activity))
 

@@ -1,7 +1,8 @@
 """Which workers of a node hang: heartbeats in, signals out.
 
 Pure. The agent says when a worker process starts and ends, hands over each heartbeat, and asks
-`expired` at least as often as heartbeats come. Four rules, each with its own limit in the policy:
+`expired` with each look (`LivenessPolicy.look_seconds`). Four rules, each with its own limit in
+the policy:
 
     NotReady       it sent no heartbeat since it started
     HeartbeatLost  its heartbeats ceased
@@ -142,7 +143,7 @@ class Liveness:
         return min(stalls, key=lambda s: (s.generation, -s.waiting_seconds), default=None)
 
     def _attend(self, now: float) -> None:
-        self._attention += min(now - self._called_at, self._policy.overdue_seconds)
+        self._attention += min(now - self._called_at, 2 * self._policy.look_seconds)
         self._called_at = now
 
     def _watched(self, device: DeviceId, incarnation: int) -> _Worker | None:

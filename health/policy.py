@@ -19,7 +19,7 @@ class LivenessPolicy:
 
     heartbeat_seconds: a worker sends a heartbeat this often.
     heartbeat_timeout_seconds: silence after which a worker counts as hung. A training thread that
-        holds the interpreter's lock this long looks the same.
+        holds the interpreter's lock this long, less one heartbeat, may look the same.
     stopped_timeout_seconds: how long a process may be stopped (state T: SIGSTOP, or a debugger).
     spawn_timeout_seconds: time from the start of a process to its first heartbeat.
     progress_floor_seconds, progress_factor, progress_initial_seconds: see `progress_deadline`.
@@ -54,6 +54,11 @@ class LivenessPolicy:
                 f"progress_floor_seconds ({self.progress_floor_seconds:g}), as it applies while "
                 "less is known"
             )
+
+    @property
+    def look_seconds(self) -> float:
+        """An agent looks at its workers this often: often enough to see a stop in time."""
+        return min(self.heartbeat_seconds, self.stopped_timeout_seconds / 2)
 
     @property
     def overdue_seconds(self) -> float:

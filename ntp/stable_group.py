@@ -183,9 +183,14 @@ class StableGroup(dist.ProcessGroup):
     @property
     def inner(self) -> Any:
         """The process group that serves this proxy now."""
-        if self.communicator is None or self.communicator.group is None:
+        return self._serving.group
+
+    @property
+    def _serving(self) -> Communicator:
+        communicator = self.communicator
+        if communicator is None or communicator.group is None:
             raise GroupSevered(f"the {self.axis} group has no communicator: its generation ended")
-        return self.communicator.group
+        return communicator
 
     def rank(self) -> int:
         """This process's rank in the group."""
@@ -201,12 +206,12 @@ class StableGroup(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         """Reduce in place over the group; small tensors over gloo take the star (see module)."""
-        inner, communicator = self.inner, self.communicator
+        communicator = self._serving
+        inner: Any = communicator.group
         opts = opts if opts is not None else dist.AllreduceOptions()
         tensor = tensors[0] if isinstance(tensors, (list, tuple)) else tensors
         small = tensor.numel() * tensor.element_size() * (inner.size() - 1) <= STAR_LIMIT_BYTES
-        is_star = small and isinstance(inner, dist.ProcessGroupGloo) and tensor.is_contiguous()
-        if is_star and communicator is not None:
+        if small and isinstance(inner, dist.ProcessGroupGloo) and tensor.is_contiguous():
             # One wait for all of its messages: a step has a dozen of these and more.
             self._waits.wait(monotonic())
             try:

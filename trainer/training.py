@@ -237,9 +237,7 @@ class Training:
         """A backward pass added to the gradient of a tensor."""
         # A tied weight is complete only once its two stages' gradients are summed.
         if name != EMBEDDING or not self._is_tied_across_stages:
-            current = self._current
-            assert current is not None, "only a model of an adopted generation runs"
-            current.sync.ready(name)
+            self.current.sync.ready(name)
 
     def promote(self) -> None:
         """Switch to the shards received last."""

@@ -33,6 +33,7 @@ from elastic.spawn import Child, Spawner
 from ntp.geometry import ParallelLayout, SlotRef
 from ntp.groups import Coordinate, groups_of, places
 from ntp.process_groups import Link, ProcessGroups
+from ntp.stable_group import Waits
 from ntp.sync_plan import plan_sync
 
 HOST = "127.0.0.1"
@@ -59,12 +60,12 @@ class Rank:
     generation: int
     meeting: Path
 
-    def groups(self, link: Link = LINK) -> ProcessGroups:
+    def groups(self, link: Link = LINK, waits: Waits | None = None) -> ProcessGroups:
         """An owner of communicators that lives until all ranks have reported.
 
         If it went when its rank returns, its sockets would close while peers still connect or read.
         """
-        _owners.append(ProcessGroups(link))
+        _owners.append(ProcessGroups(link, waits))
         return _owners[-1]
 
     def store(self) -> dist.Store:

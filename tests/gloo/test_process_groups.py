@@ -18,6 +18,7 @@ from dense import SHAPE, layout_of
 from harness import LINK, TIMEOUT_SECONDS, Cluster, Rank
 
 from elastic.rendezvous_client import RendezvousStore
+from ntp import stable_group
 from ntp.geometry import SlotRef
 from ntp.groups import GroupAxis, GroupSpec, groups_of, places
 from ntp.process_groups import ProcessGroups, is_connection_error
@@ -277,6 +278,42 @@ def test_star_adds_in_rank_order(cluster: Cluster) -> None:
         expected += mine
     for _, total in results:
         assert torch.equal(total, expected)
+
+
+class Told:
+    """Keeps what is said of waits."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+
+    def wait(self, now: float) -> None:
+        """A wait begins."""
+        self.words.append("wait")
+
+    def resume(self, now: float) -> None:
+        """It is over."""
+        self.words.append("resume")
+
+
+def told_rank(rank: Rank) -> list[str]:
+    told = Told()
+    groups = rank.groups(waits=told)
+    world_of(rank, groups, 1, rank.size)
+    told.words.clear()
+    sum_of_ones(groups.world)
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("a peer is gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stable_group, "_star_all_reduce", breaks)
+        with pytest.raises(RuntimeError, match="a peer is gone"):
+            sum_of_ones(groups.world)
+    return told.words
+
+
+def test_a_small_all_reduce_is_one_wait_also_if_it_fails(cluster: Cluster) -> None:
+    assert cluster.run(told_rank, 3) == [["wait", "resume"] * 2] * 3
 
 
 def unbound_rank(rank: Rank) -> list[bool]:

@@ -84,7 +84,7 @@ class Chronicle:
     looks: list[tuple[int, frozenset[DeviceId]]] = field(default_factory=list)
 
     def attention(self, begin: int, end: int) -> float:
-        """Between two calls: no gap counts for more than two heartbeats."""
+        """Between two calls: no gap counts for more than two looks."""
         gaps = [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
         return sum(min(gap, 0.5) for gap in gaps[begin:end])
 
@@ -152,7 +152,7 @@ def test_silence_is_judged_as_by_one_who_remembers_everything(
 def look_until(liveness: Liveness, now: float, end: float) -> tuple[list[Signal], float]:
     """Look whenever a look is due, until something is found or `end`."""
     while now < end:
-        now = min(now + POLICY.heartbeat_seconds, end)
+        now = min(now + POLICY.look_seconds, end)
         if found := liveness.expired(now, ()):
             return found, now
     return [], now
