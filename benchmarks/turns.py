@@ -20,6 +20,9 @@ from pathlib import Path
 
 PROC = Path("/proc")
 
+_SCHEDULER_CLOCK = 2
+"""CPUCLOCK_SCHED in the kernel's posix-timers.h: nanoseconds of all threads of a process."""
+
 
 class Turns:
     """The turns of one job, of which the process `pid` is the first. It begins in a turn."""
@@ -29,6 +32,7 @@ class Turns:
         self._members: list[int] = []
         self._began = [time.time()]
         self._had = [0.0]
+        self._used = [0.0]
 
     def stop(self) -> None:
         """End the turn: stop the processes of the job, parents first, as they watch the others."""
@@ -37,6 +41,7 @@ class Turns:
         self._had.append(self._had[-1] + time.time() - self._began[-1])
         for pid in self._members:
             _signal(pid, signal.SIGSTOP)
+        self._used.append(sum(_processor_seconds(pid) for pid in self._members))
 
     def begin(self) -> None:
         """Begin the next turn."""
@@ -59,6 +64,17 @@ class Turns:
         # Between two turns, and after the last one.
         return min([running, *self._had[turn + 1 : turn + 2]])
 
+    def used(self, moment: float) -> float:
+        """Processor seconds that the job had used until `moment`, in a turn that is over.
+
+        They are known at the ends of turns, and taken to grow evenly within one.
+        """
+        turn = bisect_right(self._began, moment) - 1
+        (had, at_end), (used, used_at_end) = (
+            known[turn : turn + 2] for known in (self._had, self._used)
+        )
+        return used + (used_at_end - used) * (self.had(moment) - had) / (at_end - had)
+
 
 def _tree(root: int) -> Iterator[int]:
     """A process and its descendants, parents before their children."""
@@ -71,6 +87,13 @@ def _tree(root: int) -> Iterator[int]:
                 waiting.extend(int(child) for child in (thread / "children").read_text().split())
         except OSError:
             continue  # It ended meanwhile.
+
+
+def _processor_seconds(pid: int) -> float:
+    try:
+        return time.clock_gettime((~pid << 3) | _SCHEDULER_CLOCK)
+    except OSError:
+        return 0.0  # It ended meanwhile.
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

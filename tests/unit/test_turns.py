@@ -35,13 +35,17 @@ class Clock:
 def test_only_the_seconds_of_turns_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(turns, "time", clock)
-    monkeypatch.setattr(turns, "_tree", lambda _root: iter(()))
+    used = iter((6.0, 8.0))
+    monkeypatch.setattr(turns, "_tree", lambda _root: iter((1,)))
+    monkeypatch.setattr(turns, "_processor_seconds", lambda _pid: next(used))
+    monkeypatch.setattr(turns, "_signal", lambda _pid, _number: None)
     job = Turns(1)
     for at, change in ((104.0, job.stop), (110.0, job.begin), (111.0, job.stop)):
         clock.now = at
         change()
     moments = (100.0, 103.0, 104.0, 107.0, 110.0, 110.5, 111.0, 120.0)
     assert [job.had(moment) for moment in moments] == [0.0, 3.0, 4.0, 4.0, 4.0, 4.5, 5.0, 5.0]
+    assert [job.used(moment) for moment in moments] == [0.0, 4.5, 6.0, 6.0, 6.0, 7.0, 8.0, 8.0]
 
 
 def test_a_turn_ends_and_begins_for_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
