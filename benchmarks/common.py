@@ -138,6 +138,15 @@ def wait_for(
         return
 
 
+def children_of(pid: int) -> list[int]:
+    """The processes that `pid` started and did not wait for; none if it ended."""
+    found: list[int] = []
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # The thread ended; another one has its children now.
+            found += (int(child) for child in listing.read_text().split())
+    return found
+
+
 def die_with_parent() -> None:
     """In a rank that its launcher started in a session of its own: be killed when that ends."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

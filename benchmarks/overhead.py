@@ -27,9 +27,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -183,9 +184,10 @@ def _run(config: RunConfig, overrides: Sequence[str], steps: int, scratch: Path)
         for job in (first, second):
             wait_for(job.process, job.log, job.progress)
     result = json.loads((bare / RESULT).read_text())
-    our_losses = [step["loss"] for step in read_lines(first.steps)]
+    our_steps = read_lines(first.steps)
+    our_ends = _everstep_ends(read_lines(ours / "journal.jsonl"), our_steps)
     return (
-        _done(first, _everstep_ends(ours), our_losses, steps),
+        _done(first, our_ends, [step["loss"] for step in our_steps], steps),
         _done(second, result["ended_at"], result["losses"], steps),
     )
 
@@ -213,7 +215,7 @@ def _take_turns(jobs: Sequence[Job], steps: int) -> None:
     told_at = time.monotonic()
     while min(line_count(job.steps) for job in jobs) < steps:
         for job in jobs:
-            job.check(deadline=float("inf"))
+            job.check(deadline=inf)
             job.turns.begin()
             time.sleep(TURN_SECONDS)
             job.turns.stop()
@@ -228,14 +230,14 @@ def _done(job: Job, ended_at: Sequence[float], losses: list[float], steps: int) 
     return Done(had, used, losses)
 
 
-def _everstep_ends(run_dir: Path) -> list[float]:
+def _everstep_ends(
+    journal: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]
+) -> list[float]:
     """When each step ended, in seconds since the epoch."""
-    journal = read_lines(run_dir / "journal.jsonl")
     first, *later = [entry["at"] for entry in journal if entry["event"] == "resumed"]
     if later:
-        raise BenchmarkError(f"everstep had to recover: see {len(later)} failures in its journal")
-    seconds = [step["seconds"] for step in read_lines(run_dir / STEPS)]
-    return list(accumulate(seconds[1:], initial=first))
+        raise BenchmarkError(f"everstep had to recover {len(later)} times: see its journal")
+    return list(accumulate((step["seconds"] for step in steps[1:]), initial=first))
 
 
 def _print(config: RunConfig, pairs: Sequence[Pair], counted: int) -> None:

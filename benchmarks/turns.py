@@ -16,9 +16,8 @@ import signal
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
-from pathlib import Path
 
-PROC = Path("/proc")
+from benchmarks.common import children_of
 
 _SCHEDULER_CLOCK = 2
 """CPUCLOCK_SCHED in the kernel's posix-timers.h: nanoseconds of all threads of a process."""
@@ -82,11 +81,7 @@ def _tree(root: int) -> Iterator[int]:
     while waiting:
         pid = waiting.pop()
         yield pid
-        try:
-            for thread in (PROC / str(pid) / "task").iterdir():
-                waiting.extend(int(child) for child in (thread / "children").read_text().split())
-        except OSError:
-            continue  # It ended meanwhile.
+        waiting += children_of(pid)
 
 
 def _processor_seconds(pid: int) -> float:

@@ -133,8 +133,9 @@ class NodeWorkers:
 
     async def watch(self) -> None:
         """Fence workers that hang, and say whether any can go on, until cancelled."""
+        look_seconds = self._spec.health.liveness.look_seconds
         while True:
-            await asyncio.sleep(self._spec.health.liveness.look_seconds)
+            await asyncio.sleep(look_seconds)
             stopped = [
                 process.member.device
                 for process in self._running()

@@ -72,11 +72,20 @@ class _Worker:
         else:
             self.spans.setdefault(span.activity, deque(maxlen=RECENT_SPANS)).append(span)
 
-    def deadline(
-        self, policy: LivenessPolicy, current: Span, seconds: Callable[[Span], float]
-    ) -> Deadline:
+    def exceeded(
+        self,
+        policy: LivenessPolicy,
+        current: Span,
+        taken_seconds: float,
+        seconds: Callable[[Span], float],
+    ) -> Deadline | None:
+        """The deadline below `taken_seconds`, from what `seconds` says of spans like `current`."""
+        if taken_seconds <= policy.progress_floor_seconds:
+            # No deadline is below it, and to learn one takes a look at all spans.
+            return None
         known = () if current.cold else self.spans.get(current.activity, ())
-        return progress_deadline(policy, [seconds(span) for span in known])
+        deadline = progress_deadline(policy, [seconds(span) for span in known])
+        return deadline if taken_seconds > deadline.seconds else None
 
 
 class Liveness:
@@ -183,11 +192,8 @@ class Liveness:
             return None
         # Nothing is added for the time since the heartbeat: the activity may have ended by now.
         own = current.own_seconds
-        if own <= self._policy.progress_floor_seconds:
-            # No deadline is below it, and to learn one takes a look at all spans.
-            return None
-        deadline = worker.deadline(self._policy, current, lambda span: span.own_seconds)
-        if own <= deadline.seconds:
+        deadline = worker.exceeded(self._policy, current, own, lambda span: span.own_seconds)
+        if deadline is None:
             return None
         return NoProgress(
             newest.device, newest.incarnation, current.activity, current.step, own, deadline
@@ -198,10 +204,12 @@ class Liveness:
         current, waiting = newest.current, newest.waiting_seconds
         # One that is silent may have gone on since, and its silence has a limit of its own.
         silent = self._attention - worker.heard_at > self._policy.overdue_seconds
-        if waiting is None or waiting <= self._policy.progress_floor_seconds or silent:
+        if waiting is None or silent:
             return None
-        deadline = worker.deadline(self._policy, current, lambda span: span.longest_wait_seconds)
-        if waiting <= deadline.seconds:
+        deadline = worker.exceeded(
+            self._policy, current, waiting, lambda span: span.longest_wait_seconds
+        )
+        if deadline is None:
             return None
         return Stalled(
             device=newest.device,

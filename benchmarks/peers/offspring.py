@@ -12,7 +12,8 @@ import ctypes
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
+
+from benchmarks.common import children_of
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -21,12 +22,12 @@ PR_SET_CHILD_SUBREAPER = 36
 def no_offspring() -> Iterator[None]:
     """Kill every process that was started within the block, directly or not, at its end."""
     _adopt_orphans(True)
-    before = _children()
+    before = set(children_of(os.getpid()))
     try:
         yield
     finally:
         # The children of a killed process become ours: each round reaches one level deeper.
-        while new := _children() - before:
+        while new := set(children_of(os.getpid())) - before:
             for pid in new:
                 os.kill(pid, signal.SIGKILL)
             for pid in new:
@@ -36,11 +37,3 @@ def no_offspring() -> Iterator[None]:
 
 def _adopt_orphans(adopt: bool) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(adopt))
-
-
-def _children() -> set[int]:
-    return {
-        int(pid)
-        for listing in Path("/proc/self/task").glob("*/children")
-        for pid in listing.read_text().split()
-    }

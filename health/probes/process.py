@@ -53,14 +53,12 @@ def is_stopped(pid: int, proc: Path = PROC) -> bool:
     # Asked of every worker some times a second: a Path and a file object would cost twice as much.
     try:
         file = os.open(f"{proc}/{pid}/stat", os.O_RDONLY)
+        try:
+            stat = os.read(file, STAT_BYTES)
+        finally:
+            os.close(file)
     except OSError:
         return False
-    try:
-        stat = os.read(file, STAT_BYTES)
-    except OSError:
-        return False
-    finally:
-        os.close(file)
     # The second field, in parentheses, is the program's name and may itself contain anything.
     _, _, after_name = stat.rpartition(b")")
     return after_name.split()[:1] in ([b"T"], [b"t"])
