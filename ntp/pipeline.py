@@ -56,7 +56,7 @@ class ForwardBackward:
         self._tensor_group = tensor_group
         self._pipeline = pipeline
         self._device = device
-        self._masks: dict[int, Tensor] = {}
+        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
         self._sent: list[MarkedExchange] = []
 
     def run(
@@ -104,13 +104,14 @@ class ForwardBackward:
     def _forward(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """Losses ``[batch, sequence]`` where the chunk has the output layer, else hidden states."""
         length = batch.inputs.shape[1]
-        padding = self._padded(length) - length
-        inputs = functional.pad(batch.inputs, (0, padding))
-        labels = functional.pad(batch.labels, (0, padding))
+        inputs, labels = batch.inputs, batch.labels
+        # Padding by nothing would copy, and cutting nothing off is a step of backward too.
+        if padding := self._padded(length) - length:
+            inputs, labels = (functional.pad(each, (0, padding)) for each in (inputs, labels))
         positions, future = self._positions_and_mask(length + padding)
         has_output = model.chunk.has_output  # type: ignore[union-attr]
         output: Tensor = model(inputs, positions, future, labels=labels if has_output else None)
-        return output[:, :length] if has_output else output
+        return output[:, :length] if has_output and padding else output
 
     def _padded(self, length: int) -> int:
         config: Any = self._chunks[0].config
@@ -119,9 +120,10 @@ class ForwardBackward:
 
     def _positions_and_mask(self, length: int) -> tuple[Tensor, Tensor]:
         if length not in self._masks:
+            positions = torch.arange(length, device=self._device).unsqueeze(0)
             ones = torch.ones(1, 1, length, length, dtype=torch.bool, device=self._device)
-            self._masks[length] = torch.triu(ones, diagonal=1)
-        return torch.arange(length, device=self._device).unsqueeze(0), self._masks[length]
+            self._masks[length] = positions, torch.triu(ones, diagonal=1)
+        return self._masks[length]
 
     def _scheduled(
         self,
