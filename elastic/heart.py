@@ -13,14 +13,17 @@ import time
 from elastic.agent_link import AgentLink
 from elastic.messages import Beat
 from elastic.topology import Member
-from health.heartbeat import Activity, ActivityLog
+from health.heartbeat import ActivityLog
 
 
 class Heart:
-    """Heart of one worker process; it beats from `start` on, until the process ends."""
+    """Heart of one worker process; it beats from `start` on, until the process ends.
+
+    `log` is for the training thread, to say what it does and when it waits for others.
+    """
 
     def __init__(self, member: Member, link: AgentLink, interval_seconds: float) -> None:
-        self._log = ActivityLog(member.device, member.incarnation, time.monotonic())
+        self.log = ActivityLog(member.device, member.incarnation, time.monotonic())
         self._link = link
         self._interval_seconds = interval_seconds
 
@@ -28,16 +31,10 @@ class Heart:
         """Begin to beat."""
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
 
-    def begin(self, activity: Activity, step: int, *, generation: int, cold: bool) -> None:
-        """The training thread turns to `activity`; `cold`: what it takes says nothing of later."""
-        self._log.begin(activity, step, time.monotonic(), generation=generation, cold=cold)
-
-    @property
-    def waits(self) -> ActivityLog:
-        """Who is to be told when it waits for others."""
-        return self._log
-
     def _beat(self) -> None:
         while True:
-            self._link.send(Beat(self._log.heartbeat(time.monotonic())))
-            time.sleep(self._interval_seconds)
+            now = time.monotonic()
+            self._link.send(Beat(self.log.heartbeat(now)))
+            # The workers of a node beat together: their agent wakes once for all of them, and the
+            # moment that each loses is the same, so that none waits for another's.
+            time.sleep(self._interval_seconds - now % self._interval_seconds)

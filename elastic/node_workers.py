@@ -124,7 +124,7 @@ class NodeWorkers:
         self._faults = list(spec.faults)
         self._retired = False
         self._liveness = Liveness(spec.health.liveness, time.monotonic())
-        self._decoder = msgspec.msgpack.Decoder(WorkerMessage)
+        self._decoder = msgspec.msgpack.Decoder(list[WorkerMessage])
 
     def start(self) -> None:
         """Start a process on every device."""
@@ -241,9 +241,9 @@ class NodeWorkers:
         messages: list[WorkerMessage] = []
         try:
             while process.readable.poll(0):
-                message = self._decoder.decode(process.child.connection.recv_bytes())
-                self._take(process, message)
-                messages.append(message)
+                for message in self._decoder.decode(process.child.connection.recv_bytes()):
+                    self._take(process, message)
+                    messages.append(message)
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(process.child.connection.fileno())
         self._supervisor.heard(process.member, messages)

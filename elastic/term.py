@@ -66,7 +66,7 @@ from elastic.messages import (
 )
 from elastic.store import Change, GuardFailed, LeaseLost, Store
 
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.25
 OUTAGE_SECONDS = 1.0
 """A store that takes longer than this to answer was out; reports get as long again to arrive."""
 POSITION_SECONDS = 1.0

@@ -88,6 +88,8 @@ class Worker:
         self._layout_generation = 0
         self._pending_generation = 0
         self._slot = SlotRef(0, 0)
+        self._coordinate = Coordinate(0, 0, 0)
+        self._speaks = False
         self._step_started = (0, 0, 0.0)
         self._compute_began = self._compute_seconds = 0.0
         self._in_model = False
@@ -103,7 +105,7 @@ class Worker:
     def coordinate(self) -> Coordinate:
         """This worker's place in the current plan."""
         assert self.plan is not None
-        return next(a.coordinate for a in self.plan.participants if a.member == self.member)
+        return self._coordinate
 
     @property
     def generation(self) -> int:
@@ -135,8 +137,13 @@ class Worker:
 
     def turn_to(self, activity: Activity) -> None:
         """Tell the heart what the training thread does from here on."""
-        step, generation = self.session.step, self.generation
-        self.heart.begin(activity, step, generation=generation, cold=self._cold)
+        self.heart.log.begin(
+            activity,
+            self.session.step,
+            time.monotonic(),
+            generation=self.generation,
+            cold=self._cold,
+        )
 
     def check(self) -> None:
         """Raise StepAborted if a new generation is announced that does not wait."""
@@ -161,8 +168,9 @@ class Worker:
         self._cold = False
         figures = trainable.figures(step, vote)
         generation, replica, started_at = self._step_started
-        speaks = self.plan is not None and self.plan.speaks(self.member)
-        self._link.send(
+        awaited = self._speaks or figures.last or figures.sharded_digest is not None
+        tell = self._link.send if awaited else self._link.send_later
+        tell(
             StepDone(
                 generation=generation,
                 member=self.member,
@@ -177,7 +185,7 @@ class Worker:
                 started_at=started_at,
                 compute_seconds=self._compute_seconds,
                 at=time.time(),
-                awaited=speaks or figures.last or figures.sharded_digest is not None,
+                awaited=awaited,
             )
         )
 
@@ -224,7 +232,7 @@ class Worker:
         """
         participants = [assignment.member for assignment in plan.participants]
         rank = participants.index(self.member)
-        self.plan = plan
+        self.join(plan, rank)
         place = self.coordinate
         self._settle(plan, trainable)
         self.turn_to(Activity.REBUILD)
@@ -297,6 +305,13 @@ class Worker:
         trainable.release()
         self.plan, self.session = None, Session()
         self._layout_generation = self._pending_generation = 0
+
+    def join(self, plan: Plan, rank: int) -> None:
+        """`plan` is the current one, in which this worker has `rank` (of the meeting)."""
+        # Kept, as each step asks who this worker is, among what may be tens of thousands.
+        self.plan = plan
+        self._coordinate = plan.participants[rank].coordinate
+        self._speaks = plan.speaks(self.member)
 
     def _settle(self, plan: Plan, trainable: Trainable) -> None:
         """Bring this worker to where the plan says that all survivors are."""

@@ -88,6 +88,9 @@ _Waits = tuple[_Running, float, float, float | None]
 under way began (None: none). A bare tuple, as it is replaced twice in every wait, of which a step
 has dozens: a dataclass, or one with names, would take several times as long."""
 
+_Ended = tuple[_Running, float, float, float]
+"""What `_span` takes, which is called once there is time for it."""
+
 
 def _span(running: _Running, waited: float, longest: float, until: float) -> Span:
     return Span(
@@ -112,7 +115,7 @@ class ActivityLog:
         self._state: _Waits = (_Running(Activity.AWAITING_PLAN, 0, 0, True, now), 0.0, 0.0, None)
         # For the training thread alone.
         self._depth = 0
-        self._finished: deque[Span] = deque(maxlen=RECENT_SPANS * len(Activity))
+        self._finished: deque[_Ended] = deque(maxlen=RECENT_SPANS * len(Activity))
 
     def begin(
         self, activity: Activity, step: int, now: float, *, generation: int, cold: bool
@@ -120,7 +123,7 @@ class ActivityLog:
         """The activity under way ends, and another begins."""
         running, waited, longest, _ = self._state
         assert self._depth == 0, f"{running.activity} ended inside a wait"
-        self._finished.append(_span(running, waited, longest, now))
+        self._finished.append((running, waited, longest, now))
         self._state = (_Running(activity, step, generation, cold, now), 0.0, 0.0, None)
 
     def wait(self, now: float) -> None:
@@ -146,7 +149,8 @@ class ActivityLog:
 
     def heartbeat(self, now: float) -> Heartbeat:
         """The heartbeat to send now; finished spans are handed out once."""
-        finished = tuple(self._finished.popleft() for _ in range(len(self._finished)))
+        ended = [self._finished.popleft() for _ in range(len(self._finished))]
+        finished = tuple(_span(*each) for each in ended)
         running, waited, longest, since = self._state
         current = _span(running, waited, longest, now if since is None else since)
         waiting = None if since is None else now - since

@@ -51,7 +51,7 @@ def run_worker(connection: Connection, spec: WorkerSpec) -> None:
         spec.health.rebuild_timeout_seconds,
         spec.health.collective_timeout_seconds,
     )
-    groups = ProcessGroups(link, heart.waits)
+    groups = ProcessGroups(link, heart.log)
     worker = Worker(spec.member, agent, heart, groups, device)
     steps = StepLoop(config, worker, spec, device)
     if steps.corpus.fingerprint != payload.corpus:

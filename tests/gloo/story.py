@@ -153,6 +153,8 @@ class Line:
             self.done.append(message)
             self.about_to_begin(message.step + 1, message.generation)
 
+    send_later = send
+
     def about_to_begin(self, step: int, generation: int) -> None:
         """Ask for a pause if `step` is the last before it: its vote carries the wish."""
         assert self.chapter is not None

@@ -69,7 +69,7 @@ class Process:
         self.say(Ready(spec.member))
 
     def say(self, message: WorkerMessage) -> None:
-        self.line.send_bytes(msgspec.msgpack.encode(message))
+        self.line.send_bytes(msgspec.msgpack.encode([message]))
 
     def kill(self) -> None:
         if self.exitcode is None:

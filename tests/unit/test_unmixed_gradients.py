@@ -200,7 +200,7 @@ def computing() -> Worker:
     heart = Heart(member, wire, 1.0)  # type: ignore[arg-type]
     groups = ProcessGroups(Link("gloo", "127.0.0.1", 1.0, 1.0))
     worker = Worker(member, wire, heart, groups, torch.device("cpu"))  # type: ignore[arg-type]
-    worker.plan = stage.plan
+    worker.join(stage.plan, stage.placed.index(member))
     worker.begin_step()
     return worker
 
