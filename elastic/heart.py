@@ -12,6 +12,7 @@ import time
 
 from elastic.agent_link import AgentLink
 from elastic.messages import Beat
+from elastic.pulse import seconds_to_next
 from elastic.topology import Member
 from health.heartbeat import ActivityLog
 
@@ -35,6 +36,4 @@ class Heart:
         while True:
             now = time.monotonic()
             self._link.send(Beat(self.log.heartbeat(now)))
-            # The workers of a node beat together: their agent wakes once for all of them, and the
-            # moment that each loses is the same, so that none waits for another's.
-            time.sleep(self._interval_seconds - now % self._interval_seconds)
+            time.sleep(seconds_to_next(self._interval_seconds, now))
