@@ -7,7 +7,8 @@ and optimizer on CPU workers (two replicas). A shared machine drifts by ten time
 measured, so they train at the same time, in turns of a second (`benchmarks.turns`). A pair of jobs
 gives one ratio: of the seconds that the same steps took of the turns of either. A second ratio, of
 the processor seconds of all processes, leaves out what other guests of the host took of the cores.
-Either scatters by a hundredth, so several pairs are started.
+Either scatters by a hundredth, so several pairs are started, each in the other order than the one
+before: who starts first has its memory in other places.
 
 The first steps are dropped, and a step ends when the last rank that tells it at once has done it.
 Timeouts that a job standing still would exceed are long, and weights digests, a diagnostic that a
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil, inf, sqrt
@@ -54,6 +55,8 @@ from benchmarks.turns import Turns
 from trainer.config import RunConfig
 from trainer.config_file import load
 
+EVERSTEP = "everstep"
+BARE = "bare loop"
 TARGET_RATIO = 0.99
 REPLICAS = 2
 FIRST_TURN_STEPS = 5
@@ -154,7 +157,8 @@ def main() -> None:
         for number in range(1, options.pairs + 1):
             progress(f"pair {number} of {options.pairs}")
             folder = scratch / f"pair{number}"
-            pairs.append(_run(config, overrides, DROPPED_STEPS + options.steps, folder))
+            order = (EVERSTEP, BARE) if number % 2 else (BARE, EVERSTEP)
+            pairs.append(_run(config, overrides, DROPPED_STEPS + options.steps, order, folder))
     _print(config, pairs, options.steps)
 
 
@@ -167,28 +171,34 @@ def _shape(workers: int) -> tuple[str, ...]:
     )
 
 
-def _run(config: RunConfig, overrides: Sequence[str], steps: int, scratch: Path) -> Pair:
-    """Run everstep and the bare loop to their ends, in turns until both have done `steps` steps."""
+def _run(
+    config: RunConfig, overrides: Sequence[str], steps: int, order: Sequence[str], scratch: Path
+) -> Pair:
+    """Run everstep and the bare loop to their ends, in turns until both have done `steps` steps.
+
+    `order` is that in which they start, and have their turns.
+    """
     ours, bare = scratch / "everstep", scratch / "bare"
     for folder in (ours, bare):
         folder.mkdir(parents=True)
     (bare / CONFIG).write_text(config.model_dump_json())
-    bare_command = [sys.executable, "-m", "benchmarks.bare_job", str(bare)]
-    with (
-        _stopped_job("everstep", everstep_command(DEMO_CONFIG, overrides, ours), ours) as first,
-        _stopped_job("bare loop", bare_command, bare) as second,
-    ):
-        _take_turns((first, second), steps)
-        for job in (first, second):
+    commands = {
+        EVERSTEP: (everstep_command(DEMO_CONFIG, overrides, ours), ours),
+        BARE: ([sys.executable, "-m", "benchmarks.bare_job", str(bare)], bare),
+    }
+    with ExitStack() as stack:
+        jobs = {name: stack.enter_context(_stopped_job(name, *commands[name])) for name in order}
+        _take_turns(list(jobs.values()), steps)
+        for job in jobs.values():
             job.turns.release()
-        for job in (first, second):
+        for job in jobs.values():
             wait_for(job.process, job.log, job.progress)
     result = json.loads((bare / RESULT).read_text())
-    our_steps = read_lines(first.steps)
+    our_steps = read_lines(jobs[EVERSTEP].steps)
     our_ends = _everstep_ends(read_lines(ours / "journal.jsonl"), our_steps)
     return (
-        _done(first, our_ends, [step["loss"] for step in our_steps], steps),
-        _done(second, result["ended_at"], result["losses"], steps),
+        _done(jobs[EVERSTEP], our_ends, [step["loss"] for step in our_steps], steps),
+        _done(jobs[BARE], result["ended_at"], result["losses"], steps),
     )
 
 
