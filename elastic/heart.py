@@ -3,6 +3,12 @@
 The training thread says where it is and when it waits for others; a thread of its own sends that,
 so heartbeats also come while the training thread is blocked. Once they cease, or show no progress,
 the agent judges (see `health.liveness`).
+
+Hearts beat at multiples of their interval of the host's monotonic clock, which all of its processes
+share. So those of a host beat together: their agent wakes once for all of them, and what they take
+from the training threads they take at the same moment, not from one after the other while the rest
+wait in a collective (as Petrini et al. 2003, "The Case of the Missing Supercomputer Performance",
+found for the daemons of compute nodes).
 """
 
 from __future__ import annotations
@@ -12,7 +18,6 @@ import time
 
 from elastic.agent_link import AgentLink
 from elastic.messages import Beat
-from elastic.pulse import seconds_to_next
 from elastic.topology import Member
 from health.heartbeat import ActivityLog
 
@@ -34,6 +39,5 @@ class Heart:
 
     def _beat(self) -> None:
         while True:
-            now = time.monotonic()
-            self._link.send(Beat(self.log.heartbeat(now)))
-            time.sleep(seconds_to_next(self._interval_seconds, now))
+            self._link.send(Beat(self.log.heartbeat(time.monotonic())))
+            time.sleep(self._interval_seconds - time.monotonic() % self._interval_seconds)

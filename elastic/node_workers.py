@@ -25,7 +25,6 @@ import msgspec
 from elastic.faults import Fault, FaultInjection, without_struck
 from elastic.health_config import HealthConfig
 from elastic.messages import AgentMessage, Beat, Failed, FaultFired, Ready, Struck, WorkerMessage
-from elastic.pulse import seconds_to_next
 from elastic.spawn import Child, Spawner
 from elastic.topology import INCARNATIONS_PER_LIFE, DeviceId, Member
 from health.classify import Signal, classify
@@ -136,7 +135,7 @@ class NodeWorkers:
         """Fence workers that hang, and say whether any can go on, until cancelled."""
         look_seconds = self._spec.health.liveness.look_seconds
         while True:
-            await asyncio.sleep(seconds_to_next(look_seconds, time.monotonic()))
+            await asyncio.sleep(look_seconds)
             stopped = [
                 process.member.device
                 for process in self._running()

@@ -64,7 +64,6 @@ from elastic.messages import (
     Stop,
     StopWish,
 )
-from elastic.pulse import seconds_to_next
 from elastic.store import Change, GuardFailed, LeaseLost, Store
 
 TICK_SECONDS = 0.25
@@ -245,7 +244,7 @@ class Term:
     async def _tick(self) -> None:
         noted_at = time.time()
         while True:
-            await asyncio.sleep(seconds_to_next(TICK_SECONDS, time.monotonic()))
+            await asyncio.sleep(TICK_SECONDS)
             asked_at = time.time()
             await self._store.get(leader_key(self._job))
             silent = time.time() - asked_at
