@@ -28,8 +28,8 @@ demo: $(STAMP) ## Train through a failure and a return, and check the result
 	$(BIN)/everstep demo
 
 test: $(STAMP) ## Run the tests, with a sample of killed workers
-	$(BIN)/python -m pytest -q -n auto tests/unit tests/sim
-	$(BIN)/python -m pytest -q tests/store tests/gloo tests/chaos
+	$(BIN)/python -m pytest -q -n auto tests/unit tests/sim tests/store
+	$(BIN)/python -m pytest -q tests/gloo tests/chaos
 
 chaos: $(STAMP) ## Kill workers in every phase, cut nodes off, mix twenty faults in a job (minutes)
 	$(BIN)/python -m pytest -q -m chaos tests/chaos
