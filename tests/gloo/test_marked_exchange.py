@@ -14,7 +14,7 @@ from ntp.exchange import Message
 from ntp.marked_exchange import MarkedExchange
 from ntp.process_groups import ProcessGroups, is_connection_error
 
-BIG = 256 * 1024 * 1024
+BIG = 64 * 1024 * 1024
 """Elements of a message that takes far longer to travel than a process takes to kill itself."""
 
 
