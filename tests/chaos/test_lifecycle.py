@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import yaml
 from tests.chaos.launcher import (
     EVERSTEP,
     SMALL_JOB,
+    Run,
     launch,
     run_job,
     wait_for_file,
@@ -113,16 +116,16 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     assert not target.exists()
 
 
-def test_a_run_directory_is_never_written_over(tmp_path: Path) -> None:
-    first = run_job(tmp_path / "job", overrides=["train.steps=2"])
-    assert first.exit_code == 0, first.output
-    before = (first.directory / "summary.json").read_bytes()
-    arguments = ["run", str(tmp_path / "job" / "job.yaml"), "--run-dir", str(first.directory)]
-    with launch(arguments) as started:
+def test_a_run_directory_is_never_written_over(
+    config: Path, tmp_path: Path, calm_run: Callable[[str], Run]
+) -> None:
+    finished = shutil.copytree(calm_run("float64").directory, tmp_path / "run")
+    before = (finished / "summary.json").read_bytes()
+    with launch(["run", str(config), "--run-dir", str(finished)]) as started:
         output = started.output.read()
         assert started.process.wait() == 2
     assert "holds a run already" in output
-    assert (first.directory / "summary.json").read_bytes() == before
+    assert (finished / "summary.json").read_bytes() == before
 
 
 def test_the_loss_of_every_holder_halts_with_a_reason(tmp_path: Path) -> None:
