@@ -1,4 +1,4 @@
-"""Calm runs to hold the others against, one per precision and session."""
+"""Calm runs to hold the others against, one per kind and session."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.chaos.launcher import Run, run_job
+from tests.chaos.launcher import LONGER, ONE_PIECE, Run, run_job
 
 CalmRuns = Callable[[str], Run]
 
@@ -23,4 +23,12 @@ def calm_run(tmp_path_factory: pytest.TempPathFactory) -> CalmRuns:
             assert known[dtype].exit_code == 0, known[dtype].output
         return known[dtype]
 
+    return run
+
+
+@pytest.fixture(scope="session")
+def longer_calm_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The calm run of the longer job, in one piece: it is near to the others, not bitwise equal."""
+    run = run_job(tmp_path_factory.mktemp("calm") / "longer", overrides=[LONGER, *ONE_PIECE])
+    assert run.exit_code == 0, run.output
     return run

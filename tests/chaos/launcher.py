@@ -40,7 +40,7 @@ SMALL_JOB: dict[str, Any] = {
     },
     "data": {"kind": "builtin_text"},
     "train": {
-        "steps": 50,
+        "steps": 30,
         "global_batch_size": 8,
         "micro_batch_size": 2,
         "seq_length": 32,
@@ -49,6 +49,20 @@ SMALL_JOB: dict[str, Any] = {
     "health": {"quiesce_timeout_seconds": 20.0, "rebuild_timeout_seconds": 10.0},
 }
 
+
+ONE_PIECE = (
+    "cluster.nodes=1",
+    "cluster.devices_per_node=1",
+    "parallel.tensor=1",
+    "parallel.replicas=1",
+    "parallel.pipeline=1",
+    "parallel.sequence_parallel=false",
+    "train.micro_batch_size=8",
+)
+"""For a calm run: one worker has the losses of any number, and is far quicker."""
+
+LONGER = "train.steps=50"
+"""For the small job with many failures."""
 
 SHORT_QUARANTINE = ("health.quarantine_seconds=0.01", "health.quarantine_max_seconds=0.01")
 """For jobs whose devices fail again and again, and are to be used again."""

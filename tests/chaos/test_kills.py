@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.checks import check_like_calm
-from tests.chaos.launcher import Run, run_job
+from tests.chaos.launcher import LONGER, ONE_PIECE, Run, run_job
 
 PHASES = ("forward", "backward", "grad_sync", "vote", "optimizer")
 WORKERS = tuple((replica, slot) for replica in range(2) for slot in range(4))
@@ -123,9 +123,9 @@ def test_kills_in_both_stages_of_a_pipeline(tmp_path: Path) -> None:
         "model.recompute_granularity=full",
         "train.global_batch_size=7",
         "train.seq_length=33",
-        "train.steps=30",
+        "train.steps=24",
     ]
-    calm = run_job(tmp_path / "calm", overrides=job)
+    calm = run_job(tmp_path / "calm", overrides=[*job, *ONE_PIECE])
     places = [((1, 0), "backward"), ((0, 1), "grad_sync"), ((0, 1), "vote"), ((1, 1), "forward")]
     faults = kills(places)
     for fault, stage in zip(faults, (1, 0, 1, 0), strict=True):
@@ -141,7 +141,7 @@ def test_kills_in_both_stages_of_a_pipeline(tmp_path: Path) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("phase", PHASES)
-def test_every_worker_in(phase: str, tmp_path: Path, calm_run: Callable[[str], Run]) -> None:
+def test_every_worker_in(phase: str, tmp_path: Path, longer_calm_run: Run) -> None:
     places = [(worker, phase) for worker in WORKERS]
-    run = run_job(tmp_path / phase, kills(places))
-    check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=len(places))
+    run = run_job(tmp_path / phase, kills(places), [LONGER])
+    check_like_calm(run, longer_calm_run, tolerance=1e-9, failures=len(places))

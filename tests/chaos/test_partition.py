@@ -14,9 +14,17 @@ import yaml
 
 from elastic.network import NetworkRefused, check_network
 from tests.chaos.checks import check_like_calm
-from tests.chaos.launcher import SMALL_JOB, Launch, Run, launch, run_job, wait_until_gone
+from tests.chaos.launcher import (
+    ONE_PIECE,
+    SMALL_JOB,
+    Launch,
+    Run,
+    launch,
+    run_job,
+    wait_until_gone,
+)
 
-CUT_AT, HEALED_AT = 10, 40
+CUT_AT, HEALED_AT = 10, 25
 THREE_NODES = [
     "cluster.nodes=3",
     "cluster.devices_per_node=2",
@@ -25,7 +33,7 @@ THREE_NODES = [
     "train.global_batch_size=6",
     "train.micro_batch_size=1",
     "train.seq_length=16",
-    "train.steps=100",
+    "train.steps=75",
     "health.lease_seconds=2",
 ]
 
@@ -49,8 +57,8 @@ def last_step_of_the_cut_off_side(run: Run, node: int) -> int:
 
 
 def test_a_node_that_is_cut_off_commits_nothing_and_comes_back(tmp_path: Path) -> None:
-    # Where the coordination state is kept changes nothing, and the memory store starts sooner.
-    calm = run_job(tmp_path / "calm", overrides=THREE_NODES)
+    # Neither the layout nor where the coordination state is kept changes anything.
+    calm = run_job(tmp_path / "calm", overrides=[*THREE_NODES, *ONE_PIECE])
     faults = [
         {
             "at_step": CUT_AT,
@@ -60,7 +68,7 @@ def test_a_node_that_is_cut_off_commits_nothing_and_comes_back(tmp_path: Path) -
         },
         # The job is not to be over before the node can be back, however fast this machine is.
         {
-            "at_step": HEALED_AT + 20,
+            "at_step": HEALED_AT + 15,
             "kind": "slow",
             "target": {"replica": 0, "slot": 0},
             "args": {"seconds": 4},

@@ -43,13 +43,14 @@ def test_a_failure_while_etcd_is_down_is_dealt_with_after_it(
             "at_step": 8,
             "kind": "sigkill",
             "target": {"component": "store"},
-            "args": {"seconds": 10},
+            # Longer than a lease.
+            "args": {"seconds": 7},
         },
         {
             "at_step": 12,
             "kind": "sigkill",
             "target": {"replica": 1, "slot": 2},
-            "heal_at_step": 30,
+            "heal_at_step": 20,
         },
     ]
     run = run_job(tmp_path / "job", faults, [ETCD])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.chaos.checks import check_like_calm
-from tests.chaos.launcher import SHORT_QUARANTINE, Run, run_job
+from tests.chaos.launcher import LONGER, SHORT_QUARANTINE, Run, run_job
 
 
 def fault(
@@ -25,7 +24,7 @@ def fault(
 
 
 def test_a_failure_in_the_middle_of_a_recovery_changes_nothing(
-    tmp_path: Path, calm_run: Callable[[str], Run]
+    tmp_path: Path, longer_calm_run: Run
 ) -> None:
     faults = [
         fault(3, "backward", (1, 2), 5),
@@ -41,8 +40,8 @@ def test_a_failure_in_the_middle_of_a_recovery_changes_nothing(
         fault(42, "optimizer", (1, 0), 0),
         fault(42, "reshard", (0, 0), 0, "slow") | {"args": {"seconds": 0.3}},
     ]
-    run = run_job(tmp_path / "job", faults, SHORT_QUARANTINE)
-    check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=len(faults) - 1)
+    run = run_job(tmp_path / "job", faults, [LONGER, *SHORT_QUARANTINE])
+    check_like_calm(run, longer_calm_run, tolerance=1e-9, failures=len(faults) - 1)
     struck = [entry for entry in run.journal if entry["event"] == "fault_injected"]
     assert sorted(entry["fault"] for entry in struck) == list(range(1, len(faults) + 1))
     phases = {entry["fault"]: entry["phase"] for entry in struck}

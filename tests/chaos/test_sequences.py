@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.chaos.checks import check_comparison
-from tests.chaos.launcher import SHORT_QUARANTINE, Run, run_job
+from tests.chaos.launcher import ONE_PIECE, SHORT_QUARANTINE, Run, run_job
 from tests.chaos.sequences import FAULTS, REPLICAS, REST, SLOTS, STEPS, Losses, random_faults
 
 JOB = [
@@ -36,8 +36,8 @@ SEEDS = [pytest.param(0, id="seed0")] + [
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The job without failures. Where the coordination state is kept changes nothing."""
-    run = run_job(tmp_path_factory.mktemp("calm") / "job", overrides=JOB)
+    """The job without failures. Neither its layout nor where its state is kept changes anything."""
+    run = run_job(tmp_path_factory.mktemp("calm") / "job", overrides=[*JOB, *ONE_PIECE])
     assert run.exit_code == 0, run.output
     return run
 
