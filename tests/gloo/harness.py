@@ -109,7 +109,7 @@ class Cluster:
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
-        self._spawner = Spawner(("trainer.preload", "pytest", "hypothesis"))
+        self._spawner = Spawner(("tests.gloo.preload",))
         self._store = self._spawner.start(serve, logs / "store.log", HOST)
         self._runs = 0
         self._address = ""
