@@ -126,7 +126,7 @@ def configuration(case: Case) -> RunConfig:
             "data": {"kind": "text", "path": __file__},
             "train": {
                 "steps": STEPS,
-                "global_batch_size": 7,
+                "global_batch_size": 5,
                 "micro_batch_size": 1,
                 "seq_length": 17,
                 "learning_rate": 1e-2,
