@@ -43,8 +43,7 @@ def test_a_failure_while_etcd_is_down_is_dealt_with_after_it(
             "at_step": 8,
             "kind": "sigkill",
             "target": {"component": "store"},
-            # Longer than a lease.
-            "args": {"seconds": 7},
+            "args": {"seconds": 10},
         },
         {
             "at_step": 12,
