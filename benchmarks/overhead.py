@@ -1,6 +1,6 @@
 """What fault tolerance costs while nothing fails: everstep against a bare megatron-core loop.
 
-    python -m benchmarks.overhead [--pairs 6] [--steps 60] [--workers 8]
+    python -m benchmarks.overhead [--pairs 6] [--steps 60] [--workers 8] [--samples 4]
 
 Theory of operation. Both train the same model on the same data with the same groups, gradient sync
 and optimizer on CPU workers (two replicas). A shared machine drifts by ten times what is to be
@@ -75,7 +75,6 @@ SHAPE = (
     "model.hidden_size=256",
     "model.ffn_hidden_size=688",
     "train.seq_length=128",
-    "train.global_batch_size=4",
     "train.micro_batch_size=2",
     "train.dtype=float32",
     "train.weights_digest_every=0",
@@ -143,14 +142,20 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=6, help="runs of each (default 6)")
     parser.add_argument("--steps", type=int, default=60, help="steps that count (default 60)")
     parser.add_argument("--workers", type=int, default=8, help="an even number (default 8)")
+    parser.add_argument(
+        "--samples", type=int, default=4, help="samples a step, in microbatches of 2 (default 4)"
+    )
     options = parser.parse_args()
     if options.pairs < 2 or options.steps < 1:
         parser.error("--pairs must be at least 2 and --steps at least 1")
     if options.workers < REPLICAS or options.workers % REPLICAS:
         parser.error(f"--workers must be a multiple of {REPLICAS}")
+    if options.samples < REPLICAS:
+        parser.error(f"--samples must be at least {REPLICAS}")
     spare = max(LEAST_SPARE_STEPS, ceil(SPARE_STEPS * options.steps))
     steps = DROPPED_STEPS + options.steps + spare
-    overrides = (*SHAPE, *_shape(options.workers), f"train.steps={steps}")
+    of_size = (f"train.global_batch_size={options.samples}", f"train.steps={steps}")
+    overrides = (*SHAPE, *_shape(options.workers), *of_size)
     config = load(DEMO_CONFIG, overrides)
     pairs: list[Pair] = []
     with scratch_folder() as scratch:
