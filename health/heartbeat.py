@@ -12,13 +12,14 @@ all its peers wait, but adds nothing to their own time, so own time can be held 
 Heartbeats carry ages, never clock readings, so that clocks need not agree.
 
 `ActivityLog` is the worker's side. The training thread writes to it and the heartbeat's thread
-reads it without a lock: what it reads is one immutable value, replaced in one assignment, and
-finished spans pass through a deque, whose operations are atomic.
+reads it without a lock: the span under way and its list of readings are replaced in one assignment,
+and to append to a list, to copy it, and to pass finished spans through a deque are atomic.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -83,75 +84,65 @@ class _Running(NamedTuple):
     began: float
 
 
-_Waits = tuple[_Running, float, float, float | None]
-"""The span under way, the seconds of its waits that are over, the longest of them, and when the one
-under way began (None: none). A bare tuple, as it is replaced twice in every wait, of which a step
-has dozens: a dataclass, or one with names, would take several times as long."""
-
-_Ended = tuple[_Running, float, float, float]
-"""What `_span` takes, which is called once there is time for it."""
+_Account = tuple[_Running, list[float]]
+"""The span under way, and when its waits began and were over, in turns: an odd number of readings
+means that one is under way."""
 
 
-def _span(running: _Running, waited: float, longest: float, until: float) -> Span:
+def _span(running: _Running, readings: Sequence[float], until: float) -> Span:
+    """A span that is `until` this reading; a wait that is under way is in nothing."""
+    over = readings[: len(readings) // 2 * 2]
+    waits = [end - begin for begin, end in zip(over[::2], over[1::2], strict=True)]
+    own_until = until if len(over) == len(readings) else readings[-1]
     return Span(
         running.activity,
         running.step,
         running.generation,
         running.cold,
-        own_seconds=until - running.began - waited,
-        longest_wait_seconds=longest,
+        own_seconds=own_until - running.began - sum(waits),
+        longest_wait_seconds=max(waits, default=0.0),
     )
 
 
 class ActivityLog:
     """Keeps track of one training thread. `now` is a monotonic clock of the worker, in seconds.
 
-    `begin`, `wait` and `resume` are for one thread at a time, `heartbeat` is for any other.
+    `begin`, `wait` and `resume` are for one thread at a time, `heartbeat` is for any other. A wait
+    begins with ``wait(now)`` and is over with ``resume(now)``; it has no other within it.
     """
 
     def __init__(self, device: DeviceId, incarnation: int, now: float) -> None:
         self._device = device
         self._incarnation = incarnation
-        self._state: _Waits = (_Running(Activity.AWAITING_PLAN, 0, 0, True, now), 0.0, 0.0, None)
-        # For the training thread alone.
-        self._depth = 0
-        self._finished: deque[_Ended] = deque(maxlen=RECENT_SPANS * len(Activity))
+        # Each ended span with its readings and its end: `_span` is called once there is time.
+        self._finished: deque[tuple[_Running, list[float], float]] = deque(
+            maxlen=RECENT_SPANS * len(Activity)
+        )
+        self._turn_to(_Running(Activity.AWAITING_PLAN, 0, 0, True, now))
 
     def begin(
         self, activity: Activity, step: int, now: float, *, generation: int, cold: bool
     ) -> None:
         """The activity under way ends, and another begins."""
-        running, waited, longest, _ = self._state
-        assert self._depth == 0, f"{running.activity} ended inside a wait"
-        self._finished.append((running, waited, longest, now))
-        self._state = (_Running(activity, step, generation, cold, now), 0.0, 0.0, None)
-
-    def wait(self, now: float) -> None:
-        """A wait for others begins. One inside another is part of that."""
-        if not self._depth:
-            running, waited, longest, _ = self._state
-            self._state = (running, waited, longest, now)
-        self._depth += 1
-
-    def resume(self, now: float) -> None:
-        """The wait begun last is over."""
-        running, waited, longest, since = self._state
-        assert since is not None, f"{running.activity} resumed without a wait"
-        self._depth -= 1
-        if not self._depth:
-            seconds = now - since
-            self._state = (
-                running,
-                waited + seconds,
-                seconds if seconds > longest else longest,
-                None,
-            )
+        running, readings = self._account
+        assert len(readings) % 2 == 0, f"{running.activity} ended inside a wait"
+        self._finished.append((running, readings, now))
+        self._turn_to(_Running(activity, step, generation, cold, now))
 
     def heartbeat(self, now: float) -> Heartbeat:
         """The heartbeat to send now; finished spans are handed out once."""
         ended = [self._finished.popleft() for _ in range(len(self._finished))]
         finished = tuple(_span(*each) for each in ended)
-        running, waited, longest, since = self._state
-        current = _span(running, waited, longest, now if since is None else since)
-        waiting = None if since is None else now - since
+        running, growing = self._account
+        readings = growing.copy()
+        current = _span(running, readings, now)
+        waiting = now - readings[-1] if len(readings) % 2 else None
         return Heartbeat(self._device, self._incarnation, current, waiting, finished)
+
+    def _turn_to(self, running: _Running) -> None:
+        readings: list[float] = []
+        self._account: _Account = running, readings
+        # A step has dozens of waits, and Python that runs between two kernels finds its caches
+        # cold: a function of ours would take several microseconds each time.
+        self.wait: Callable[[float], None] = readings.append
+        self.resume: Callable[[float], None] = readings.append

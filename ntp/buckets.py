@@ -107,6 +107,11 @@ class Countdown:
             ready += 1
         return self._go(ready)
 
+    def put_back(self, going: range) -> None:
+        """These buckets, which were to go last, did not: they are among those that may go next."""
+        assert going.stop == self._next, f"{going} went before others"
+        self._next = going.start
+
     def rest(self) -> range:
         """All buckets that did not go, in order: backward is over, and some tensors had no part."""
         return self._go(len(self._tensors_left))

@@ -106,8 +106,8 @@ class GradientSync:
     ) -> None:
         """A step starts, with `passes` backward passes that add to `gradients` (flat, local).
 
-        `held` is asked in every hook whether the step will be given up, so that `finish` will not
-        follow. With no passes at all, everything is launched in `finish`.
+        `held` is asked before a hook launches anything whether the step will be given up, so that
+        `finish` will not follow. With no passes at all, everything is launched in `finish`.
 
         Raises RuntimeError if a peer was lost before it had all answers to its last step.
         """
@@ -199,10 +199,15 @@ class _Step:
     error: Exception | None = None
 
     def added(self, name: str) -> None:
-        if self.error is not None or self.held():
+        complete = self.countdown.added(name)
+        # Few tensors complete a bucket, and Python is slow between two kernels.
+        if not complete or self.error is not None:
+            return
+        if self.held():
+            self.countdown.put_back(complete)
             return
         try:
-            self._launch(self.countdown.added(name))
+            self._launch(complete)
         except Exception as error:
             if not is_connection_error(error):
                 raise

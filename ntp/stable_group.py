@@ -106,17 +106,17 @@ class Communicator:
 
 
 class Waits(Protocol):
-    """Who is told when this process waits for others, and when it goes on; calls may nest.
+    """Who is told when this process waits for others, and when it goes on.
 
-    `now` is a reading of the monotonic clock, in seconds. A step waits dozens of times, so whoever
-    keeps the account is told directly.
+    `now` is a reading of the monotonic clock, in seconds. No wait is within another. A step waits
+    dozens of times, so whoever keeps the account is told directly.
     """
 
-    def wait(self, now: float) -> None:
+    def wait(self, now: float, /) -> None:
         """A wait begins."""
 
-    def resume(self, now: float) -> None:
-        """The wait begun last is over."""
+    def resume(self, now: float, /) -> None:
+        """It is over."""
 
 
 class Unwatched:

@@ -152,3 +152,12 @@ def test_a_gradient_that_changes_after_its_last_pass_is_a_bug() -> None:
         assert not countdown.added("a")
     with pytest.raises(AssertionError, match="a was added to after its last pass"):
         countdown.added("a")
+
+
+def test_a_bucket_that_is_put_back_goes_before_those_after_it() -> None:
+    countdown = Countdown([Bucket((name,), False, 0) for name in "abc"], 1)
+    countdown.put_back(countdown.added("a"))
+    going = countdown.added("b")
+    assert list(going) == [0, 1]
+    countdown.put_back(going)
+    assert list(countdown.rest()) == [0, 1, 2]
