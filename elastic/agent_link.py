@@ -56,7 +56,7 @@ class AgentLink:
             self._connection.send_bytes(msgspec.msgpack.encode([*kept, message]))
 
     def send_later(self, message: WorkerMessage) -> None:
-        """Keep this for the next `send`. It is lost if the process is killed before."""
+        """Keep this for the next `send`. It is lost if the process ends before, however it ends."""
         self._kept.append(message)
 
     def receive(self) -> AgentMessage:

@@ -19,7 +19,10 @@ class HealthConfig(Settings):
         description="Seconds a new worker process may take until it first reports itself ready.",
     )
     heartbeat_seconds: float = Field(
-        default=1.0, gt=0, description="Seconds between two heartbeats of a worker."
+        default=1.0,
+        gt=0,
+        description="Seconds between two heartbeats of a worker, which take along what it says and "
+        "nobody waits for.",
     )
     heartbeat_timeout_seconds: float = Field(
         default=4.0,

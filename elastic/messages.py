@@ -1,6 +1,7 @@
 """What controller, agents and workers say to each other, as frozen msgspec structs.
 
-Three conversations. Workers and their agent talk over a socket of the node. Agents and controller
+Three conversations. Workers and their agent talk over a socket of the node, where a worker's words
+go in lists (`elastic.agent_link`). Agents and controller
 talk through the store: each struct says under which key it is written. The step and phase reports
 that only the journal needs travel the same way as all others; nobody waits for them.
 

@@ -1,6 +1,7 @@
 """Step reports of all ranks -> one line a committed step.
 
-Pure. Every rank reports every step it commits, but only some of the reports come at once. The
+Pure. Every rank reports every step it commits, but only some of the reports come at once, and the
+last ones of a rank that dies may never come. The
 vote's figures are equal on all ranks, so any one report gives them, and the line is due when two
 ranks spoke for all: the first and the last, which no single loss takes. The weights digest of a
 replica is the sum of its slots' parts, so a step with digests needs all ranks. Otherwise a line is

@@ -67,6 +67,7 @@ from elastic.messages import (
 from elastic.store import Change, GuardFailed, LeaseLost, Store
 
 TICK_SECONDS = 0.25
+"""How often deadlines are looked at; each is noticed up to this much later."""
 OUTAGE_SECONDS = 1.0
 """A store that takes longer than this to answer was out; reports get as long again to arrive."""
 POSITION_SECONDS = 1.0

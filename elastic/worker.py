@@ -117,7 +117,7 @@ class Worker:
         """Whether a new generation is announced that waits for the step in flight."""
         return self._quiesce is not None and self._quiesce.generation > self.generation
 
-    # Not a property, as gradient sync asks it dozens of times a step.
+    # Not a property, as gradient sync is handed it as a question to ask.
     def stop_requested(self) -> bool:
         """Whether a new generation is announced that does not wait."""
         quiesce = self._quiesce
@@ -223,6 +223,13 @@ class Worker:
                 case Stop():
                     return None
 
+    def join(self, plan: Plan, rank: int) -> None:
+        """`plan` is the current one, in which this worker has `rank` (of the meeting)."""
+        # Kept, as each step asks who this worker is, among what may be tens of thousands.
+        self.plan = plan
+        self._coordinate = plan.participants[rank].coordinate
+        self._speaks = plan.speaks(self.member)
+
     def adopt(self, plan: Plan, trainable: Trainable, at: Callable[[FaultPhase], None]) -> bool:
         """Become `plan`'s generation; returns whether this worker has a place in it.
 
@@ -305,13 +312,6 @@ class Worker:
         trainable.release()
         self.plan, self.session = None, Session()
         self._layout_generation = self._pending_generation = 0
-
-    def join(self, plan: Plan, rank: int) -> None:
-        """`plan` is the current one, in which this worker has `rank` (of the meeting)."""
-        # Kept, as each step asks who this worker is, among what may be tens of thousands.
-        self.plan = plan
-        self._coordinate = plan.participants[rank].coordinate
-        self._speaks = plan.speaks(self.member)
 
     def _settle(self, plan: Plan, trainable: Trainable) -> None:
         """Bring this worker to where the plan says that all survivors are."""

@@ -46,7 +46,8 @@ def is_awaited(word: Word) -> bool:
 
     A worker says of a step that it is awaited if it is the first or the last rank, which speak for
     all (see `elastic.step_log`), if the step is the job's last, or if its weights were digested.
-    What others commit beside that is asked for when a generation ends, and comes with its reports.
+    What others commit beside that is asked for when a generation ends, and comes with its reports;
+    of a worker that died it may be missing.
     """
     return not isinstance(word, StepDone) or word.awaited
 

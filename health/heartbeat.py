@@ -90,7 +90,8 @@ means that one is under way."""
 
 
 def _span(running: _Running, readings: Sequence[float], until: float) -> Span:
-    """A span that is `until` this reading; a wait that is under way is in nothing."""
+    """The span as it is at the reading `until`. A wait that is under way counts neither as own time
+    nor as a wait."""
     over = readings[: len(readings) // 2 * 2]
     waits = [end - begin for begin, end in zip(over[::2], over[1::2], strict=True)]
     own_until = until if len(over) == len(readings) else readings[-1]

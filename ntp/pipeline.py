@@ -56,7 +56,7 @@ class ForwardBackward:
         self._tensor_group = tensor_group
         self._pipeline = pipeline
         self._device = device
-        self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+        self._positions_and_masks: dict[int, tuple[Tensor, Tensor]] = {}
         self._sent: list[MarkedExchange] = []
 
     def run(
@@ -119,11 +119,11 @@ class ForwardBackward:
         return -(-length // degree) * degree
 
     def _positions_and_mask(self, length: int) -> tuple[Tensor, Tensor]:
-        if length not in self._masks:
+        if length not in self._positions_and_masks:
             positions = torch.arange(length, device=self._device).unsqueeze(0)
             ones = torch.ones(1, 1, length, length, dtype=torch.bool, device=self._device)
-            self._masks[length] = positions, torch.triu(ones, diagonal=1)
-        return self._masks[length]
+            self._positions_and_masks[length] = positions, torch.triu(ones, diagonal=1)
+        return self._positions_and_masks[length]
 
     def _scheduled(
         self,

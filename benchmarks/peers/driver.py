@@ -105,14 +105,16 @@ def _popen(command: Command, log: Path, environment: Mapping[str, str]) -> subpr
 def _reach(
     progress: Progress, at_step: int, replicas: int, descriptor: int, running: _Running
 ) -> tuple[Told, float]:
-    """Wait until all replicas have completed `at_step` in one attempt; also a step's seconds."""
+    """Wait until all replicas have completed `at_step`, or one after it, together, and not for the
+    first time; also a step's seconds."""
     before = 0.0
     for told in listen(descriptor, START_SECONDS):
         if told is None:
             if running.all_ended():
                 raise BenchmarkError(f"the job ended before the strike:\n{running.log()}")
         elif progress.take(told) and progress.replicas_done(told) == replicas:
-            if told.step >= at_step:
+            # Not with the first of all: how long it took is not known.
+            if told.step >= at_step and before:
                 return told, told.at - before
             before = told.at
     raise BenchmarkError(f"not at step {at_step} after {START_SECONDS:g} s:\n{running.log()}")

@@ -59,16 +59,19 @@ def test_each_message_comes_once_and_in_its_thread_s_order(
             tell(word(number, "train"))
 
     threads = [threading.Thread(target=each) for each in (beat, train)]
-    for thread in threads:
+
+    def end() -> None:
+        for thread in threads:
+            thread.join()
+        # The last words may be kept.
+        link.send(word(count, "end"))
+
+    for thread in (*threads, ending := threading.Thread(target=end)):
         thread.start()
-    heard: dict[str, list[int]] = {"heart": [], "train": []}
-    # The last word of either may be kept: one more sends it.
-    while sum(map(len, heard.values())) < 2 * count:
-        if all(not thread.is_alive() for thread in threads) and not there.poll(0):
-            link.send(word(count, "end"))
+    heard: dict[str, list[int]] = {}
+    while "end" not in heard:
         for each in msgspec.msgpack.decode(there.recv_bytes(), type=list[WorkerMessage]):
             assert isinstance(each, FaultFired)
             heard.setdefault(str(each.phase), []).append(each.step)
-    for thread in threads:
-        thread.join()
+    ending.join()
     assert heard["heart"] == heard["train"] == list(range(count))
