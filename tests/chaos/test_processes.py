@@ -31,7 +31,8 @@ def test_a_standby_takes_over_from_a_killed_leader_and_training_does_not_pause(
     run = run_job(tmp_path / "job", [fault], [ETCD])
     check_like_calm(run, calm_run("float64"), tolerance=0.0, failures=0)
     assert [entry["component"] for entry in events(run, "fault_injected")] == ["controller"]
-    assert len(events(run, "took_over")) == 1
+    (taken_over,) = events(run, "took_over")
+    assert taken_over["step"] < len(run.steps) - 1, "the job was over before anybody took over"
     assert run.summary["generations"] == 1 and run.summary["redone_steps"] == 0
 
 
