@@ -52,7 +52,6 @@ from elastic.session import Session, StepPoint, standing
 from elastic.topology import Coordinate, Member
 from elastic.trainable import Trainable
 from health.heartbeat import Activity
-from ntp.geometry import SlotRef
 from ntp.process_groups import GroupKey, ProcessGroups, connection_error
 
 
@@ -87,7 +86,6 @@ class Worker:
         self._rendezvous: RendezvousStore | None = None
         self._layout_generation = 0
         self._pending_generation = 0
-        self._slot = SlotRef(0, 0)
         self._coordinate = Coordinate(0, 0, 0)
         self._speaks = False
         self._step_started = (0, 0, 0.0)
@@ -243,7 +241,6 @@ class Worker:
         place = self.coordinate
         self._settle(plan, trainable)
         self.turn_to(Activity.REBUILD)
-        self._slot = place.slot_ref
         donates = rank >= len(plan.placement)
         keeps = place.replica in plan.kept_replicas
         kept = replica_groups(plan, self.member) if keeps else {}
@@ -341,7 +338,10 @@ class Worker:
         held = None
         if self._layout_generation or self._pending_generation:
             held = standing(
-                self._slot, self.session, self._layout_generation, self._pending_generation
+                self._coordinate.slot_ref,
+                self.session,
+                self._layout_generation,
+                self._pending_generation,
             )
         groups = replica_groups(self.plan, self.member) if self.plan else {}
         intact = bool(groups) and all(self.groups.intact(*group) for group in groups.items())

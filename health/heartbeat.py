@@ -92,9 +92,8 @@ means that one is under way."""
 def _span(running: _Running, readings: Sequence[float], until: float) -> Span:
     """The span as it is at the reading `until`. A wait that is under way counts neither as own time
     nor as a wait."""
-    over = readings[: len(readings) // 2 * 2]
-    waits = [end - begin for begin, end in zip(over[::2], over[1::2], strict=True)]
-    own_until = until if len(over) == len(readings) else readings[-1]
+    waits = [end - begin for begin, end in zip(readings[::2], readings[1::2], strict=False)]
+    own_until = readings[-1] if len(readings) % 2 else until
     return Span(
         running.activity,
         running.step,
