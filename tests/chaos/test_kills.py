@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.checks import check_comparison, check_like_calm
+from tests.chaos.checks import check_like_calm, check_survived
 from tests.chaos.launcher import LONGER, ONE_PIECE, Run, run_job
 
 PHASES = ("forward", "backward", "grad_sync", "vote", "optimizer")
@@ -50,10 +50,8 @@ def test_reports_that_die_with_their_worker_cost_no_step(
     # Without digests nobody waits for the reports of most workers, and these keep them for a while.
     places = list(zip(((1, 1), (0, 1), (1, 3)), ("optimizer", "vote", "forward"), strict=True))
     run = run_job(tmp_path / "killed", kills(places), ["train.weights_digest_every=0"])
-    assert run.exit_code == 0, run.output
-    check_comparison(run.directory, calm_run("float64").directory, tolerance=1e-9)
-    assert [len(run.summary["failures"]), run.summary["lost_steps"]] == [len(places), 0]
-    assert run.left_over == ()
+    check_survived(run, calm_run("float64"), tolerance=1e-9, failures=len(places))
+    assert len(run.summary["failures"]) == len(places)
 
 
 def test_a_healthy_replica_keeps_the_gradients_of_the_step_in_flight(
