@@ -170,8 +170,10 @@ class Oracle:
                 answered is None or answered > seen,
                 f"{message.member} is fenced, but answered {self._announced}",
             )
-        if isinstance(message, Quiesce) and message.sever_all:
-            for member in {member for _, member in self.plans[max(self.plans)].placement}:
+        # One who lost the lead may still order what will be refused.
+        newest = max(self.plans, default=0)
+        if isinstance(message, Quiesce) and message.sever_all and message.generation > newest:
+            for member in {member for _, member in self.plans[newest].placement}:
                 worker = self._processes[member]
                 waits = worker.awaits_plan or worker.groups.waits_since() is not None
                 self._clock.check(

@@ -266,8 +266,8 @@ class Life:
         self._world.clock.after(0.0, self._process.call, self._hear, worker)
 
     def _hear(self, worker: SimWorker) -> None:
-        while worker.pipe and not self._ended.is_decided:
-            message = worker.pipe.popleft()
+        while worker.link.pipe and not self._ended.is_decided:
+            message = worker.link.pipe.popleft()
             match message:
                 case Ready():
                     self.ready.add(worker.member)

@@ -48,6 +48,7 @@ class Watch:
         """Hear those that are not stopped, and judge."""
         for worker in workers:
             if not worker.dead and not worker.hung:
+                worker.link.beat()
                 self._liveness.observe(_heartbeat(worker), self._clock.now)
         assert not self._liveness.expired(self._clock.now, ()), "who hangs is luck's to say"
         return self._liveness.stalled()

@@ -7,7 +7,6 @@ sessions and standings are the product's own.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from links import Broken, StepAborted
 from pieces import Values, mix
 from sim_gradient import Gradient
 from sim_groups import Groups, keepable, kept_through, replica_groups
+from sim_link import SimLink
 from sim_process import Mailbox, Process, Task, Wait
 from sim_report import step_done
 
@@ -31,7 +31,6 @@ from elastic.messages import (
     Ready,
     RecoveryPhase,
     Stop,
-    WorkerMessage,
 )
 from elastic.plan import Plan
 from elastic.plan_chain import PlanChain
@@ -47,9 +46,9 @@ Thread = Generator[Wait, Any, None]
 
 
 class SimWorker:
-    """One process. `line` is called when it has written into `pipe`, to its agent."""
+    """One process. `wrote` is called when it has written to its agent, into `link.pipe`."""
 
-    def __init__(self, world: World, member: Member, line: Callable[[SimWorker], None]) -> None:
+    def __init__(self, world: World, member: Member, wrote: Callable[[SimWorker], None]) -> None:
         self.member = member
         self.world = world
         self.clock = world.clock
@@ -65,7 +64,7 @@ class SimWorker:
         self.layout_generation = 0
         self.pending_generation = 0
         self.answered = 0
-        self.pipe: deque[WorkerMessage] = deque()
+        self.link = SimLink(lambda: wrote(self))
         self.groups = Groups(member)
         self.place = self.held_at = Coordinate(0, 0, 0)
         self._step_started = (0, 0)
@@ -75,7 +74,6 @@ class SimWorker:
         self._in_model = False
         self.awaits_plan = self.cold = True
         self._pending_gradient = Gradient()
-        self.line = line
         self._thread = Task(self.process, self._life())
 
     def start(self) -> None:
@@ -108,7 +106,7 @@ class SimWorker:
     # The training thread.
 
     def _life(self) -> Thread:
-        self._send(Ready(self.member))
+        self.link.send(Ready(self.member))
         while (plan := (yield from self._await_plan())) is not None:
             try:
                 yield from self._adopt(plan)
@@ -331,7 +329,8 @@ class SimWorker:
         now = self.clock.now
         assert self.plan is not None
         awaited = step == self.world.shape.steps - 1 or self.plan.speaks(self.member)
-        self._send(step_done(self.member, *self._step_started, step, vote, now, awaited=awaited))
+        tell = self.link.send if awaited else self.link.send_later
+        tell(step_done(self.member, *self._step_started, step, vote, now, awaited=awaited))
 
     def _promote(self) -> None:
         assert self.pending is not None
@@ -349,12 +348,12 @@ class SimWorker:
         intact = self.groups.replica_is_intact(self.plan)
         unbroken = self.groups.unbroken
         now = self.clock.now
-        self._send(Quiesced(quiesce.generation, self.member, held, intact, now, unbroken))
+        self.link.send(Quiesced(quiesce.generation, self.member, held, intact, now, unbroken))
 
     def _interrupted(self, error: Exception) -> None:
         self.groups.sever(keepable(self.plan, self.member) if self.may_keep() else frozenset())
         if self._quiesce is None or self._quiesce.generation <= self.generation:
-            self._send(ConnectionLost(self.generation, self.member, str(error)))
+            self.link.send(ConnectionLost(self.generation, self.member, str(error)))
 
     def may_keep(self) -> bool:
         """Whether an interrupted worker may keep its tensor-parallel group.
@@ -392,12 +391,8 @@ class SimWorker:
     def _takes_part(self, plan: Plan) -> bool:
         return any(assignment.member == self.member for assignment in plan.participants)
 
-    def _send(self, message: WorkerMessage) -> None:
-        self.pipe.append(message)
-        self.line(self)
-
     def _done(self, phase: RecoveryPhase) -> None:
-        self._send(PhaseDone(self.generation, self.member, phase, self.clock.now))
+        self.link.send(PhaseDone(self.generation, self.member, phase, self.clock.now))
 
     def _sleep(self, mean: float) -> Wait:
         return self.process.sleep(mean * (0.5 + self.clock.rng.random()))

@@ -94,12 +94,13 @@ def new_strikes(rng: Random, steps: int) -> list[Strike]:
     if rng.random() < 0.1:
         narrow = rng.choice(_NARROW)
         return [_new_strike(rng, steps, rng.choice(narrow)) for _ in range(rng.randint(1, 4))]
-    if rng.random() < 0.05:
+    if rng.random() < 0.12:
         # Somebody is to leave just when connections break that no failure explains.
-        point, at = rng.choice(("prepared", "voted", "computing")), rng.randrange(1, steps)
+        point, moments = rng.choice(("prepared", "voted", "computing")), range(1, steps)
         return [
-            Strike(point, at, kind, 1, rng.random(), 0.5)
-            for kind in (Kind.CUT, Kind.CUT, Kind.DRAIN, Kind.DRAIN)
+            Strike(point, at, kind, 1, 0.3 * rng.random(), 0.5)
+            for at in rng.sample(moments, min(3, len(moments)))
+            for kind in (Kind.CUT, Kind.DRAIN)
         ]
     # Many stories are about workers and leaders alone: there nothing excuses a slow recovery.
     kinds = _WORKERS + _LEADER + (Kind.DRAIN,) * 2 + (2 * _REST if rng.random() < 0.6 else ())
