@@ -162,7 +162,7 @@ class Oracle:
         placed = {assignment.member for assignment in plan.participants}
         self._clock.check(not placed & gone, f"failed {_names(placed & gone)} are placed")
 
-    def commands(self, message: Quiesce | Fence | Leave | Stop, seen: int) -> None:
+    def commands(self, leader: Process, message: Quiesce | Fence | Leave | Stop, seen: int) -> None:
         """A leader is about to give an order."""
         if isinstance(message, Fence):
             answered = self._answered.get((self._announced, message.member))
@@ -170,14 +170,14 @@ class Oracle:
                 answered is None or answered > seen,
                 f"{message.member} is fenced, but answered {self._announced}",
             )
-        # One who lost the lead may still order what will be refused.
-        newest = max(self.plans, default=0)
-        if isinstance(message, Quiesce) and message.sever_all and message.generation > newest:
-            for member in {member for _, member in self.plans[newest].placement}:
+        # The store refuses what is ordered by one who lost the lead, and may know less.
+        leads = leader.name == self._leader
+        if leads and isinstance(message, Quiesce) and message.sever_all:
+            for member in {member for _, member in self.plans[max(self.plans)].placement}:
                 worker = self._processes[member]
                 waits = worker.awaits_plan or worker.groups.waits_since() is not None
                 self._clock.check(
-                    waits or worker.dead or self._is_excused(worker),
+                    waits or worker.hung or worker.dead or self._is_excused(worker),
                     f"everybody is said to wait, but {member} goes on",
                 )
 

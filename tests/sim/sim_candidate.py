@@ -198,7 +198,7 @@ class Term:
                 case Send(WholePlan() as whole):
                     yield store.put(process, key_of(JOB, whole), whole, guard=guard)
                 case Send(message):
-                    world.oracle.commands(message, self.seen)
+                    world.oracle.commands(process, message, self.seen)
                     yield store.put(process, key_of(JOB, message), message, guard=guard)
                 case ForgetNode(node):
                     yield store.delete(process, agent_key(JOB, node), guard=guard)

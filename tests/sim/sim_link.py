@@ -9,7 +9,7 @@ from elastic.messages import WorkerMessage
 
 
 class SimLink:
-    """`wrote` is called when something new is in `pipe`, from which the agent reads.
+    """`wrote` is called when something new is in `pipe`, from which the agent reads it.
 
     What is in the pipe survives the process; what is only kept does not.
     """
@@ -17,7 +17,7 @@ class SimLink:
     def __init__(self, wrote: Callable[[], None]) -> None:
         self.pipe: deque[WorkerMessage] = deque()
         self._kept: list[WorkerMessage] = []
-        self._wrote = wrote
+        self.wrote = wrote
 
     def send(self, message: WorkerMessage) -> None:
         """Say what was kept, and this."""
@@ -33,4 +33,4 @@ class SimLink:
         if self._kept:
             self.pipe.extend(self._kept)
             self._kept.clear()
-            self._wrote()
+            self.wrote()

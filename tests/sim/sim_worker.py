@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pieces
@@ -64,7 +65,7 @@ class SimWorker:
         self.layout_generation = 0
         self.pending_generation = 0
         self.answered = 0
-        self.link = SimLink(lambda: wrote(self))
+        self.link = SimLink(partial(wrote, self))
         self.groups = Groups(member)
         self.place = self.held_at = Coordinate(0, 0, 0)
         self._step_started = (0, 0)

@@ -95,12 +95,12 @@ def new_strikes(rng: Random, steps: int) -> list[Strike]:
         narrow = rng.choice(_NARROW)
         return [_new_strike(rng, steps, rng.choice(narrow)) for _ in range(rng.randint(1, 4))]
     if rng.random() < 0.12:
-        # Somebody is to leave just when connections break that no failure explains.
-        point, moments = rng.choice(("prepared", "voted", "computing")), range(1, steps)
+        # Somebody is to leave, and meanwhile connections break that no failure explains.
+        point = rng.choice(("prepared", "voted", "computing"))
         return [
-            Strike(point, at, kind, 1, 0.3 * rng.random(), 0.5)
-            for at in rng.sample(moments, min(3, len(moments)))
-            for kind in (Kind.CUT, Kind.DRAIN)
+            Strike(point, at, kind, 1, delay, 0.5)
+            for at in rng.sample(range(1, steps), 3)
+            for kind, delay in ((Kind.DRAIN, 0.1 * rng.random()), (Kind.CUT, 0.5 + rng.random()))
         ]
     # Many stories are about workers and leaders alone: there nothing excuses a slow recovery.
     kinds = _WORKERS + _LEADER + (Kind.DRAIN,) * 2 + (2 * _REST if rng.random() < 0.6 else ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -143,7 +144,7 @@ def test_an_agent_that_takes_its_old_workers_up_again_is_found(
         if (before := left.pop(life.agent, None)) is not None:
             life.processes, life.ready = before.processes, before.ready
             for worker in life.processes.values():
-                worker.line = life.wrote
+                worker.link.wrote = partial(life.wrote, worker)
             life.changed()
         begin(life)
 
