@@ -377,6 +377,8 @@ def _members(plan: Plan | None) -> tuple[frozenset[Member], frozenset[Member]]:
     """The workers that `plan` places, and all that take part in the change to it."""
     if plan is None:
         return frozenset(), frozenset()
+    if not plan.donors:
+        return plan.members, plan.members
     return plan.members.difference(map(itemgetter(1), plan.donors)), plan.members
 
 
