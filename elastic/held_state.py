@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import compress
 from operator import itemgetter
 
 from elastic.messages import Quiesced
@@ -90,9 +89,7 @@ def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assig
     answers, quarantined = situation.answers.by_member, situation.quarantined
     silent = situation.silent
     if source is situation.previous and silent is not None:
-        # A loop in C: there may be a hundred thousand places.
-        is_lost = map(silent.__contains__, map(itemgetter(1), source.placement))
-        lost = list(compress(source.placement, is_lost))
+        lost = [each for each in source.placement if each[1] in silent]
     else:
         lost = [each for each in source.placement if each[1] not in answers]
     if empty or quarantined:

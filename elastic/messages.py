@@ -1,9 +1,9 @@
 """What controller, agents and workers say to each other, as frozen msgspec structs.
 
 Three conversations. Workers and their agent talk over a socket of the node, where a worker's words
-go in lists (`elastic.agent_link`). Agents and controller
-talk through the store: each struct says under which key it is written. The step and phase reports
-that only the journal needs travel the same way as all others; nobody waits for them.
+go in lists (`elastic.agent_link`). Agents and controller talk through the store: each struct says
+under which key it is written. The step and phase reports that only the journal needs travel the
+same way as all others; nobody waits for them.
 
 A key is mostly its author's or its subject's, and the next message of the kind replaces the last,
 so that a long job leaves no more keys than a short one. Plans are deleted when nobody can need them
