@@ -6,7 +6,7 @@ Theory of operation. No process is started and no store either: the real control
 the messages that the agents of so many nodes would write, through the encoding of the store, and
 what they write themselves is encoded too. Seconds are CPU seconds of the leader. Bytes are those of
 values; etcd adds their keys. Each failure takes one device of another replica, in a job that has
-lost the earlier ones; medians are shown, and in brackets the ratio to the first row.
+lost the earlier ones; medians are shown, and in brackets the ratio to the first column.
 
 Without a failure the nodes report the steps that their workers committed, at the step time given,
 and renew their leases; health's defaults say how often.
@@ -318,49 +318,52 @@ def _timed(work: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def _failure_table(nodes: Sequence[int], costs: Sequence[Failure]) -> Table:
-    table = Table(title=f"one failure, {DEVICES_PER_NODE} devices a node, {STAGES} nodes a replica")
-    table.add_column("nodes", justify="right")
-    columns: tuple[tuple[str, Callable[[Failure], float]], ...] = (
+    title = f"one failure, {DEVICES_PER_NODE} devices a node, {STAGES} nodes a replica"
+    rows: tuple[tuple[str, Callable[[Failure], float]], ...] = (
         ("last report to plan, ms", lambda cost: 1e3 * cost.planned),
         ("failure to plan, leader's ms", lambda cost: 1e3 * cost.answered),
         ("leader writes, kB", lambda cost: cost.led / 1e3),
-        ("of that the plan", lambda cost: cost.change / 1e3),
+        ("of that the plan, kB", lambda cost: cost.change / 1e3),
         ("a whole plan, kB", lambda cost: cost.whole / 1e3),
         ("told to each node, kB", lambda cost: cost.led / 1e3),
         ("all nodes report, kB", lambda cost: cost.reported / 1e3),
     )
-    _fill(table, nodes, costs, columns)
-    return table
+    return _table(title, nodes, costs, rows)
 
 
 def _calm_table(nodes: Sequence[int], costs: Sequence[Calm], step_seconds: float) -> Table:
-    table = Table(title=f"no failure, steps of {step_seconds:g} s")
-    table.add_column("nodes", justify="right")
-    columns: tuple[tuple[str, Callable[[Calm], float]], ...] = (
+    rows: tuple[tuple[str, Callable[[Calm], float]], ...] = (
         ("writes a second", lambda cost: cost.writes),
         ("kB a second", lambda cost: cost.bytes / 1e3),
         ("renewed leases a second", lambda cost: cost.renewals),
         ("leader busy, %", lambda cost: 100 * cost.busy),
     )
-    _fill(table, nodes, costs, columns)
-    return table
+    return _table(f"no failure, steps of {step_seconds:g} s", nodes, costs, rows)
 
 
 Cost = TypeVar("Cost")
 
 
-def _fill(
-    table: Table,
+def _table(
+    title: str,
     nodes: Sequence[int],
     costs: Sequence[Cost],
-    columns: Sequence[tuple[str, Callable[[Cost], float]]],
-) -> None:
-    for name, _ in columns:
-        table.add_column(name, justify="right")
-    for number, cost in zip(nodes, costs, strict=True):
-        values = [(figure(cost), figure(costs[0])) for _, figure in columns]
-        cells = [f"{value:.3g} ({value / first:.3g})" for value, first in values]
-        table.add_row(f"{number:,}", *cells)
+    rows: Sequence[tuple[str, Callable[[Cost], float]]],
+) -> Table:
+    """A row for each figure, a column for each size of the cluster."""
+    table = Table(title=title)
+    table.add_column("nodes")
+    for number in nodes:
+        table.add_column(f"{number:,}", justify="right")
+    for name, figure in rows:
+        values = [figure(cost) for cost in costs]
+        table.add_row(name, *(f"{_short(value)} ({_short(value / values[0])})" for value in values))
+    return table
+
+
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 if __name__ == "__main__":
