@@ -235,8 +235,8 @@ class Job:
         for member in _left(before, plan) if before else ():
             held.pop(member, None)
         self.commits = CommitLog(self._placed, held, self.shape.steps - 1)
-        sizes, stopped_at = self.shape.sizes, answers.last_at
-        return [Send(published), *plan_notes(plan, before, sizes, stopped_at, lost_steps)]
+        notes = plan_notes(plan, before, self.shape.sizes, answers, lost_steps)
+        return [Send(published), *notes]
 
     def _situation(self, now: float) -> Situation:
         return Situation(

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+from elastic.answers import Answers
 from elastic.effects import Note, Phase
-from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress, Quiesce
+from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress, Quiesce, Quiesced
 from elastic.plan import Plan, changed_rows
+from elastic.plan_reason import few
 from elastic.recorded import Recorded
 from ntp.atoms import AtomSizes
 
@@ -26,6 +28,7 @@ _TOLD_ONCE: Mapping[str, tuple[str, ...]] = {
     "fault_injected": ("fault", "member", "component"),
     "quiesce": ("generation",),
     "plan": ("generation",),
+    "groups_severed": ("generation",),
     "phase_done": ("generation", "phase"),
     "running": ("generation",),
     "resumed": ("generation",),
@@ -128,15 +131,19 @@ def plan_notes(
     plan: Plan,
     before: Plan | None,
     sizes: Sequence[AtomSizes],
-    stopped_at: float,
+    answers: Answers,
     lost_steps: int,
 ) -> list[Note]:
-    """A plan, and when the last worker had stopped for it (0: nobody had to)."""
-    told = plan_note(plan, before, sizes, lost_steps)
-    if not stopped_at:
-        return [told]
-    fields = {"generation": plan.generation, "phase": "quiesce", "done_at": stopped_at}
-    return [Note("phase_done", fields), told]
+    """A plan, when the last worker had stopped for it if any had to, and who of those kept a
+    healthy replica from keeping its groups."""
+    notes = [plan_note(plan, before, sizes, lost_steps)]
+    if answers.last_at:
+        fields = {"generation": plan.generation, "phase": "quiesce", "done_at": answers.last_at}
+        notes.insert(0, Note("phase_done", fields))
+    if before is not None and (severed := _severed(plan, before, answers)):
+        fields = {"generation": plan.generation, "by": list(few(severed))}
+        notes.append(Note("groups_severed", fields))
+    return notes
 
 
 def newest_plan_notes(recorded: Recorded, sizes: Sequence[AtomSizes]) -> list[Note]:
@@ -150,7 +157,7 @@ def newest_plan_notes(recorded: Recorded, sizes: Sequence[AtomSizes]) -> list[No
         plan,
         earlier[-1] if earlier else None,
         sizes,
-        stopped_at=max((answer.at for answer in answers), default=0.0),
+        answers=Answers(answers),
         lost_steps=max(0, max(steps, default=-1) + 1 - plan.resume_step),
     )
 
@@ -195,6 +202,38 @@ def plan_note(plan: Plan, before: Plan | None, sizes: Sequence[AtomSizes], lost_
             "digest": plan.digest,
         },
     )
+
+
+def _severed(plan: Plan, before: Plan, answers: Answers) -> list[str]:
+    """Who severed the groups of a replica that has all of its workers, and where it stood."""
+    severed = [
+        each for alike in answers.alike if not alike[0].replica_groups_intact for each in alike
+    ]
+    if not severed:
+        return []
+    old, kept = before.rows(), set(plan.kept_replicas)
+    rebuilt = {
+        member
+        for replica, row in plan.rows().items()
+        if replica not in kept and old.get(replica) == row
+        for _, member in row
+    }
+    return [f"{each.member} {_where(each)}" for each in severed if each.member in rebuilt]
+
+
+def _where(answer: Quiesced) -> str:
+    """What a worker was in the middle of when it stopped."""
+    standing = answer.standing
+    if standing is None:
+        return "without state"
+    if standing.pending_generation:
+        return f"in the barrier of generation {standing.pending_generation}"
+    if standing.prepared > standing.committed:
+        voted = "after" if standing.voted == standing.prepared else "in"
+        return f"{voted} the vote of step {standing.prepared}"
+    if standing.begun > standing.committed:
+        return f"before the vote of step {standing.begun}"
+    return f"before step {standing.committed + 1}"
 
 
 def _changed_slots(plan: Plan, before: Plan | None) -> dict[str, str | None]:

@@ -16,6 +16,7 @@ from elastic.answers import Answers
 from elastic.candidates import Choice
 from elastic.memory_fit import memory_fit
 from elastic.messages import Quiesced
+from elastic.notes import plan_notes
 from elastic.pace import Pace
 from elastic.placement import Roster, seat
 from elastic.plan import Action, NoPlan, Plan, StateSource
@@ -156,15 +157,31 @@ def test_a_plan_that_interrupted_a_step_cannot_call_groups_unbroken() -> None:
         replace(first_plan(), unbroken=True)
 
 
-def test_a_group_that_a_member_calls_broken_is_not_kept() -> None:
+@pytest.mark.parametrize(
+    ("session", "pending", "where"),
+    [
+        (committed(3), 0, "before step 4"),
+        (committed(3).start(), 0, "before the vote of step 4"),
+        (prepared(4), 0, "in the vote of step 4"),
+        (prepared(4).hold_vote(VOTE), 0, "after the vote of step 4"),
+        (committed(3), 2, "in the barrier of generation 2"),
+    ],
+)
+def test_a_group_that_a_member_severed_is_not_kept_and_the_journal_says_where_it_stood(
+    session: Session, pending: int, where: str
+) -> None:
     first = first_plan()
-    alive = without((0, 1))
+    there = without((0, 1))
+    broken = Coordinate(1, 0, 0)
     answers = {
-        m: answer(first, m, committed(3), intact=place != Coordinate(1, 0, 0))
-        for place, m in alive.items()
+        member: answer(first, member, session, pending=pending, intact=place != broken)
+        for place, member in there.items()
     }
-    plan = plan_generation(SHAPE, situation(alive, answers, first))
+    plan = plan_generation(SHAPE, situation(there, answers, first))
     assert isinstance(plan, Plan) and plan.kept_replicas == ()
+    notes = plan_notes(plan, first, SHAPE.sizes, Answers(answers.values()), 0)
+    severed = [note.fields for note in notes if note.event == "groups_severed"]
+    assert severed == [{"generation": 2, "by": [f"{there[broken]} {where}"]}]
 
 
 def test_a_vote_that_one_survivor_holds_is_given_to_all() -> None:
