@@ -351,6 +351,7 @@ class Controller:
         """Nobody could report for a while, so nobody is late for it."""
         self._job.quiescence.postpone(event.seconds)
         self._job.adoption.postpone(event.seconds)
+        self._job.stalls.postpone(event.seconds)
         return [Note("store_outage", {"seconds": event.seconds})]
 
     def _stop_requested(self, event: StopRequested, now: float) -> list[Effect]:

@@ -67,7 +67,7 @@ class Job:
         self.members = Membership(devices, home_devices(shape, devices))
         self.quiescence = Quiescence((), now, limits.spawn_timeout_seconds)
         self.adoption = Adoption(self.generation, ())
-        self.stalls = Stalls(0)
+        self.stalls = Stalls()
         self.pace = PaceLog(self.plans)
         self.probation = Probation(limits.quarantine)
         self._announced: Quiesce | None = None
@@ -113,14 +113,14 @@ class Job:
 
     def watch_stalls(self) -> None:
         """All have the groups of the newest plan, and may come to wait in them."""
-        self.stalls = Stalls(max(self.plans))
+        self.stalls.watch(max(self.plans))
 
     def break_stall(self, now: float) -> list[Effect]:
         """If everybody waits for everybody, announce a generation in which nobody does."""
-        cause = self.stalls.cause(self._awaited())
+        cause = self.stalls.cause(self._awaited(), now, self.limits.corroboration_seconds)
         if cause is None:
             return []
-        self.stalls = Stalls(0)
+        self.stalls.watch(0)
         note = Note("stalled", {"generation": max(self.plans), "reason": cause})
         return [note, *self.announce(cause, True, now, ask_agents=True, sever_all=True)]
 
@@ -229,7 +229,7 @@ class Job:
         self.phase = Phase.REBUILDING
         self.adoption = Adoption(self.generation, self.involved())
         # While groups are built, that has its own limit, and not everybody has begun.
-        self.stalls = Stalls(0)
+        self.stalls.watch(0)
         # Nobody asks for the answers' steps again: this record goes on with them.
         held = answers.committed
         for member in _left(before, plan) if before else ():

@@ -122,7 +122,8 @@ def stalled_collective() -> Stage:
     stage.stalled(1, 1, 12.0)
     assert stage.wait(1) == []
     stage.stalled(0, 1, 10.5)
-    stage.wait(0.1)
+    assert stage.wait(0.1) == []
+    stage.wait(1)
     for node in (0, 1):
         stage.node_alive(node)
     stage.answers({member: committed(3) for member in stage.placed}, intact=False)
