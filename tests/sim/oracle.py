@@ -82,6 +82,7 @@ class Oracle:
         self._torn: dict[Member, int] = {}
         self._answered: dict[tuple[int, Member], int] = {}
         self._processes: dict[Member, SimWorker] = {}
+        self._stopped: set[Member] = set()
 
     def exists(self, worker: SimWorker) -> None:
         """A process was started."""
@@ -164,22 +165,28 @@ class Oracle:
 
     def commands(self, leader: Process, message: Quiesce | Fence | Leave | Stop, seen: int) -> None:
         """A leader is about to give an order."""
-        if isinstance(message, Fence):
-            answered = self._answered.get((self._announced, message.member))
-            self._clock.check(
-                answered is None or answered > seen,
-                f"{message.member} is fenced, but answered {self._announced}",
-            )
-        # The store refuses what is ordered by one who lost the lead, and may know less.
-        leads = leader.name == self._leader
-        if leads and isinstance(message, Quiesce) and message.sever_all:
-            for member in {member for _, member in self.plans[max(self.plans)].placement}:
-                worker = self._processes[member]
-                waits = worker.awaits_plan or worker.groups.waits_since() is not None
+        if leader.name != self._leader:
+            # The store refuses what is ordered by one who lost the lead, and may know less.
+            return
+        match message:
+            case Fence():
+                answered = self._answered.get((self._announced, message.member))
                 self._clock.check(
-                    waits or worker.hung or worker.dead or self._is_excused(worker),
-                    f"everybody is said to wait, but {member} goes on",
+                    answered is None or answered > seen,
+                    f"{message.member} is fenced, but answered {self._announced}",
                 )
+            case Quiesce() if message.sever_all:
+                for member in {member for _, member in self.plans[max(self.plans)].placement}:
+                    worker = self._processes[member]
+                    waits = worker.awaits_plan or worker.groups.waits_since() is not None
+                    self._clock.check(
+                        waits or worker.hung or worker.dead or self._is_excused(worker),
+                        f"everybody is said to wait, but {member} goes on",
+                    )
+            case Stop():
+                self._stopped = {m for m, worker in self._processes.items() if not worker.dead}
+            case _:
+                return
 
     def noted(self, process: Process, note: Note) -> None:
         """A process writes to the journal. Who leads no more may not know it yet."""
@@ -342,7 +349,7 @@ class Oracle:
         missing = sorted(expected - self.journaled)
         check(not missing, f"the journal lacks {missing}")
         gone = self._failed.keys() | self._lost.keys()
-        workers = [w for m, w in self._processes.items() if m not in gone and not w.dead]
+        workers = [self._processes[member] for member in self._stopped - gone]
         if finished.outcome == "completed":
             last = self._shape.steps - 1
             placed = {a.member for a in self.plans[max(self.plans)].placement}
