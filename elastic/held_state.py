@@ -8,9 +8,12 @@ lost, who is to hand over, and who holds nothing and is free.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
+import msgspec
+
+from elastic.answers import Answers
 from elastic.messages import Quiesced
 from elastic.plan import NoPlan, Plan, StateSource
 from elastic.session import Resume, Standing, UnrecoverableStep, decide_resume
@@ -50,6 +53,27 @@ def find_state(situation: Situation) -> State | NoPlan:
     lost = _lost(source, situation, empty)
     leaving = _leaving(source, situation, lost)
     return State(StateSource.PEERS, resume, source, lost, leaving)
+
+
+def as_it_was_before(situation: Situation, state: State) -> Situation | None:
+    """The same, but whoever has the layout of `state` holds nothing; None: nobody has another.
+
+    A worker that is told to hand over keeps what it holds until it has passed the barrier. Others
+    may have passed it, and have lost what only they held since then.
+    """
+    assert state.source is not None
+    newest = state.source.generation
+    answers = list(situation.answers.by_member.values())
+    layouts = {each.standing.layout_generation for each in answers if each.standing is not None}
+    if not layouts - {0, newest}:
+        return None
+    emptied = (
+        msgspec.structs.replace(each, standing=None)
+        if each.standing is not None and each.standing.layout_generation == newest
+        else each
+        for each in answers
+    )
+    return replace(situation, answers=Answers(emptied))
 
 
 def _survivors(situation: Situation) -> tuple[list[tuple[Standing, int]], set[Member]]:

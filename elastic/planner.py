@@ -30,7 +30,7 @@ from operator import itemgetter
 from elastic.answers import Answers
 from elastic.apportion import apportion
 from elastic.candidates import Choice, choose
-from elastic.held_state import State, find_state, free_workers
+from elastic.held_state import State, as_it_was_before, find_state, free_workers
 from elastic.job_shape import JobShape as JobShape
 from elastic.job_shape import PlacementRules as PlacementRules
 from elastic.job_shape import home_devices as home_devices
@@ -91,13 +91,32 @@ def _plan_with(shape: JobShape, situation: Situation) -> Plan | NoPlan:
         except NoHolder:
             assert state.source is not None
             held = dict(state.source.placement).keys() - dict(state.lost).keys()
-            state = NoPlan(f"nobody alive holds {missing_state(state.source, held)}")
+            missing = NoPlan(f"nobody alive holds {missing_state(state.source, held)}")
+            earlier = _plan_before(shape, situation, state, missing)
+            if earlier is not None:
+                return earlier
+            state = missing
     if situation.checkpoint is None:
         return NoPlan(f"{state.reason}, and there are no checkpoints")
     step = situation.checkpoint
     reason = f"{state.reason}; step {step} is restored from its checkpoint"
     restored = State(StateSource.CHECKPOINT, Resume(step + 1, None, False, 0, reason))
     return _plan(shape, situation, workers, restored)
+
+
+def _plan_before(
+    shape: JobShape, situation: Situation, state: State, missing: NoPlan
+) -> Plan | None:
+    """The plan on what is still held in an earlier layout than that of `state`, of which too much
+    is `missing`; None if there is none, or not of the same step."""
+    before = as_it_was_before(situation, state)
+    plan = _plan_with(shape, before) if before is not None else None
+    if not isinstance(plan, Plan) or plan.resume_step != state.resume.resume_step:
+        return None
+    assert state.source is not None
+    now, then = state.source.generation, plan.source_generation
+    why = f"{missing.reason} in the layout of generation {now}, but that of {then} is still held"
+    return replace(plan, redone=state.resume.redone, reason=f"{plan.reason}; {why}")
 
 
 def newcomers(shape: JobShape, situation: Situation, present: Plan) -> tuple[Member, ...]:
@@ -269,7 +288,13 @@ def _changes(
     All of them, also those that need not send: what they hold may be the last copy if another
     worker is lost before everybody has switched.
     """
-    changed = [number for number in {*before, *after} if before.get(number) != after.get(number)]
+    # A worker that lost what it held may be seated where it was.
+    wounded = {place.replica for place, _ in lost}
+    changed = [
+        number
+        for number in {*before, *after}
+        if before.get(number) != after.get(number) or number in wounded
+    ]
     old = {each for number in changed for each in before.get(number, ())}.difference(lost)
     new = {each for number in changed for each in after.get(number, ())}
     left = sorted(old - new)

@@ -268,6 +268,32 @@ def test_a_layout_that_one_survivor_passed_to_is_where_all_go_on_from() -> None:
     assert plan.source_generation == 1 and plan.reshard == second.reshard
 
 
+@pytest.mark.parametrize(("committed_since", "found"), [(3, True), (4, False)])
+def test_what_leavers_still_hold_counts_until_a_step_is_committed_without_them(
+    committed_since: int, found: bool
+) -> None:
+    """A replica hands over and leaves; a worker of the other is lost before it has forgotten."""
+    first, there = first_plan(), workers()
+    leavers = {m for place, m in there.items() if place.replica == 0}
+    leaving = frozenset(member.device for member in leavers)
+    stopped = {m: answer(first, m, committed(3)) for m in there.values()}
+    second = plan_generation(SHAPE, replace(situation(there, stopped, first), leaving=leaving))
+    assert isinstance(second, Plan) and {m for _, m in second.donors} == leavers
+    alive = without((1, 1))
+    stays = alive[Coordinate(1, 0, 0)]
+    answers = {m: answer(first, m, committed(3), generation=3) for m in leavers}
+    answers[stays] = answer(second, stays, committed(committed_since).start(), generation=3)
+    seen = replace(situation(alive, answers, first, second), leaving=leaving)
+    third = plan_generation(SHAPE, seen)
+    if not found:
+        assert isinstance(third, NoPlan) and "nobody alive holds" in third.reason
+        return
+    assert isinstance(third, Plan)
+    assert (third.source_generation, third.resume_step, third.redone) == (1, 4, True)
+    assert third.newcomers == (stays,) and {m for _, m in third.donors} == leavers
+    assert "but that of 1 is still held" in third.reason
+
+
 def test_a_contradiction_is_no_plan_rather_than_a_crash() -> None:
     first, alive = first_plan(), without((0, 1))
     ahead, *behind = alive.values()
