@@ -212,11 +212,11 @@ def test_plans_deleted_without_a_whole_one_before_the_rest_are_found(
 
 
 def test_a_stall_of_one_node_that_suffices_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one(stalls: Stalls, awaited: Collection[Member]) -> str | None:
-        return next((cause for m in awaited if (cause := causes(stalls, [m]))), None)
+    def one(stalls: Stalls, awaited: Collection[Member]) -> Stalled | None:
+        return next((stall for m in awaited if (stall := longest(stalls, [m]))), None)
 
-    causes = Stalls.cause
-    monkeypatch.setattr(Stalls, "cause", one)
+    longest = Stalls._longest
+    monkeypatch.setattr(Stalls, "_longest", one)
     assert "everybody is said to wait, but" in first_violation()[0]
 
 
@@ -237,13 +237,14 @@ def test_a_stall_that_counts_after_its_generation_is_found(
         """Words of a stall outlive it by much: its generation alone tells that it is over."""
         return stall is not None and judged(news, stall)
 
-    def take(stalls: Stalls, node: int, stall: Stalled | None) -> None:
-        if stall is not None:
-            stalls._stalled[node] = stall
+    def of_any(stalls: Stalls, awaited: Collection[Member]) -> Stalled | None:
+        for node, stall in stalls._stalled.items():
+            stalls._stalled[node] = replace(stall, generation=stalls._watched)
+        return longest(stalls, awaited)
 
-    judged = NodeNews.judge
+    judged, longest = NodeNews.judge, Stalls._longest
     monkeypatch.setattr(NodeNews, "judge", judge)
-    monkeypatch.setattr(Stalls, "take", take)
+    monkeypatch.setattr(Stalls, "_longest", of_any)
     assert "everybody is said to wait, but" in first_violation()[0]
 
 
