@@ -22,7 +22,7 @@ from elastic.job_shape import JobShape
 from elastic.memory_fit import MemoryFit
 from elastic.placement import Roster, Seating, complete_slots, seat, slots_to_keep
 from elastic.throughput import TYPICAL, Crew, Score, ThroughputModel, copies
-from elastic.topology import Coordinate, DeviceId
+from elastic.topology import Coordinate, DeviceId, Member
 
 MOST_ROUNDS = 256
 """Rounds of one climb: more would not pay for the time that they take."""
@@ -84,14 +84,15 @@ def present_crews(
     crews: dict[int, Crew] = {}
     for replica in range(shape.replicas):
         row = roster.rows.get(replica, ())
+        present: dict[Coordinate, Member] = {}
         degree = shape.tensor
         if wounded := len(row) < shape.tensor * shape.stages:
-            places = [*dict(row), *roster.returned.get(replica, ())]
-            degree = len(complete_slots(places, shape.stages))
+            present = {**dict(row), **roster.returned.get(replica, {})}
+            degree = len(complete_slots(present, shape.stages))
         nodes: tuple[int, ...] = ()
         if not shape.rules.tensor_across_nodes:
             home = homes.get(Coordinate(replica, 0, 0))
-            there = {member.device.node for _, member in row} if wounded else set()
+            there = {member.device.node for member in present.values()}
             nodes = tuple(sorted(there)) or ((home.node,) if home else ())
         crews[replica] = Crew(
             degree,

@@ -17,8 +17,9 @@ then one that holds nothing, whose process need not keep two states.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from elastic.job_shape import JobShape
@@ -142,10 +143,11 @@ def seat(
     free = [_Free(member, None, 0) for member in roster.idle]
     seats: dict[int, dict[Coordinate, Member]] = {}
     active: dict[int, tuple[int, ...]] = {}
+    short = _nodes_short_of_workers(shape, roster, degrees)
     for replica, degree in sorted(degrees.items()):
         holders = dict(roster.rows.get(replica, ()))
         present = {**roster.returned.get(replica, {}), **holders}
-        kept = slots_to_keep(shape, roster, replica, degree)
+        kept = slots_to_keep(shape, roster, replica, degree, short)
         if not roster.fits(memory, replica, kept):
             return None
         if kept:
@@ -165,14 +167,36 @@ def seat(
     return Seating(rows, active)
 
 
-def slots_to_keep(shape: JobShape, roster: Roster, replica: int, degree: int) -> tuple[int, ...]:
-    """The slots that lack fewest workers; then those where most hold state; then the lowest."""
+def slots_to_keep(
+    shape: JobShape, roster: Roster, replica: int, degree: int, short: Set[int] = frozenset()
+) -> tuple[int, ...]:
+    """The slots that lack fewest workers; then those where most hold state; then those whose
+    workers are not on nodes that are `short` of some; then the lowest."""
     if not degree:
         return ()
-    holding = Counter(place.slot for place, _ in roster.rows.get(replica, ()))
-    there = holding + Counter(place.slot for place in roster.returned.get(replica, ()))
-    ranked = sorted(range(shape.tensor), key=lambda slot: (-there[slot], -holding[slot], slot))
+    row, returned = roster.rows.get(replica, ()), roster.returned.get(replica, {})
+    holding = Counter(place.slot for place, _ in row)
+    there = holding + Counter(place.slot for place in returned)
+    present = chain(row, returned.items())
+    wanted = Counter(place.slot for place, member in present if member.device.node in short)
+    ranked = sorted(
+        range(shape.tensor), key=lambda slot: (-there[slot], -holding[slot], wanted[slot], slot)
+    )
     return tuple(sorted(ranked[:degree]))
+
+
+def _nodes_short_of_workers(
+    shape: JobShape, roster: Roster, degrees: Mapping[int, int]
+) -> frozenset[int]:
+    """Where workers of replicas are that are to have more, if those must be on the same nodes."""
+    if shape.rules.tensor_across_nodes:
+        return frozenset()
+    short = set[int]()
+    for replica, degree in degrees.items():
+        row, returned = roster.rows.get(replica, ()), roster.returned.get(replica, {})
+        if len(row) + len(returned) < degree * shape.stages:
+            short.update(member.device.node for _, member in chain(row, returned.items()))
+    return frozenset(short)
 
 
 def _fill(
