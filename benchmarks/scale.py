@@ -6,7 +6,7 @@ Theory of operation. No process is started and no store either: the real control
 the messages that the agents of so many nodes would write, through the encoding of the store, and
 what they write themselves is encoded too. Seconds are CPU seconds of the leader. Bytes are those of
 values; etcd adds their keys. Each failure takes one device of another replica, in a job that has
-lost the earlier ones; medians are shown, and in brackets the ratio to the first column.
+lost the earlier ones; medians are shown, and in brackets the ratio to the smallest cluster.
 
 Without a failure the nodes report the steps that their workers committed, at the step time given,
 and renew their leases; health's defaults say how often.

@@ -156,7 +156,7 @@ class Controller:
             for status in self._recorded.statuses.values()
             if status.generation == self._job.generation and status.member in everybody
         ]
-        # Behind the barrier that one passed nobody needs the donors, who may be gone.
+        # Behind the barrier that one passed nobody waits for the donors, who may be gone.
         passed = any(RecoveryPhase.RESUME in status.phases for status in current)
         involved = self._job.placed() if passed else everybody
         self._job.phase = Phase.REBUILDING

@@ -95,8 +95,8 @@ class HealthConfig(Settings):
         default=1.0,
         gt=0,
         description="Seconds to wait for the failure behind a broken connection before the "
-        "generation is rebuilt without a culprit; and for which all nodes must have said that they "
-        "wait for others.",
+        "generation is rebuilt without a culprit. All nodes must have said for as long that they "
+        "wait for others, before that is believed.",
     )
     quiesce_timeout_seconds: float = Field(
         default=45.0,

@@ -7,7 +7,7 @@ lost, who is to hand over, and who holds nothing and is free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -50,30 +50,46 @@ def find_state(situation: Situation) -> State | NoPlan:
     source = situation.history.get(resume.layout_generation)
     if source is None:
         return NoPlan(f"survivors hold generation {resume.layout_generation}, which has no plan")
+    empty |= _elsewhere(resume.layout_generation, situation)
     lost = _lost(source, situation, empty)
     leaving = _leaving(source, situation, lost)
     return State(StateSource.PEERS, resume, source, lost, leaving)
 
 
-def as_it_was_before(situation: Situation, state: State) -> Situation | None:
-    """The same, but whoever has the layout of `state` holds nothing; None: nobody has another.
+def other_states(situation: Situation, state: State) -> Iterator[State]:
+    """What is held of the same step in other layouts than that of `state`, the newest first.
 
-    A worker that is told to hand over keeps what it holds until it has passed the barrier. Others
-    may have passed it, and have lost what only they held since then.
+    For when too much of that is missing. Who leaves keeps the layout before until it has passed the
+    barrier; others may have passed it, and be lost. Or they had not, and lost some of the layout
+    before, when one had received all of the next. Either will do as long as the same step is to be
+    resumed, as the layout changes nothing in the state.
     """
     assert state.source is not None
-    newest = state.source.generation
-    answers = list(situation.answers.by_member.values())
-    layouts = {each.standing.layout_generation for each in answers if each.standing is not None}
-    if not layouts - {0, newest}:
-        return None
-    emptied = (
-        msgspec.structs.replace(each, standing=None)
-        if each.standing is not None and each.standing.layout_generation == newest
-        else each
-        for each in answers
-    )
-    return replace(situation, answers=Answers(emptied))
+    answers = situation.answers.by_member.values()
+    held = [each.standing for each in answers if each.standing is not None]
+    layouts = {each.layout_generation for each in held} | {each.pending_generation for each in held}
+    for layout in sorted(layouts - {0, state.source.generation}, reverse=True):
+        alone = Answers(_only_in(layout, each) for each in answers)
+        found = find_state(replace(situation, answers=alone))
+        if isinstance(found, State) and found.resume.resume_step == state.resume.resume_step:
+            reason = (
+                f"{state.resume.reason}, on the state in the layout of generation {layout}, "
+                f"as that of generation {state.source.generation} is not whole"
+            )
+            resume = replace(found.resume, redone=state.resume.redone, reason=reason)
+            yield replace(found, resume=resume)
+
+
+def _only_in(layout: int, answer: Quiesced) -> Quiesced:
+    """The answer of a worker that would hold nothing but the layout of that generation."""
+    held = answer.standing
+    if held is None or held.layout_generation == layout:
+        return answer
+    if held.pending_generation == layout:
+        held = replace(held, layout_generation=layout, pending_generation=0)
+    else:
+        held = None
+    return msgspec.structs.replace(answer, standing=held)
 
 
 def _survivors(situation: Situation) -> tuple[list[tuple[Standing, int]], set[Member]]:
@@ -108,10 +124,26 @@ def _survivors(situation: Situation) -> tuple[list[tuple[Standing, int]], set[Me
     return [(standing, len(group)) for standing, group in held if group], empty
 
 
+def _elsewhere(layout: int, situation: Situation) -> set[Member]:
+    """Who holds something, but nothing of the layout of that generation.
+
+    One that was to receive everything anew, in whatever place, let go of what it had.
+    """
+    return {
+        answer.member
+        for group in situation.answers.alike
+        if (held := group[0].standing) is not None
+        and layout not in (held.layout_generation, held.pending_generation)
+        for answer in group
+    }
+
+
 def _lost(source: Plan, situation: Situation, empty: Set[Member]) -> tuple[Assignment, ...]:
     """The places of `source` whose worker no longer holds, or may not give, what belongs there."""
     answers, quarantined = situation.answers.by_member, situation.quarantined
     silent = situation.silent
+    # Most of those who hold nothing had no place.
+    empty = source.members.intersection(empty)
     if source is situation.previous and silent is not None:
         lost = [each for each in source.placement if each[1] in silent]
     else:

@@ -8,15 +8,16 @@ between the two; `entry_id` shows which of that the journal has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from elastic.answers import Answers
 from elastic.effects import Note, Phase
-from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress, Quiesce, Quiesced
+from elastic.messages import ComponentFault, Failed, FaultFired, NodeProgress, Quiesce
 from elastic.plan import Plan, changed_rows
 from elastic.plan_reason import few
 from elastic.recorded import Recorded
+from elastic.session import Standing
 from ntp.atoms import AtomSizes
 
 EntryId: TypeAlias = tuple[Any, ...]
@@ -28,7 +29,7 @@ _TOLD_ONCE: Mapping[str, tuple[str, ...]] = {
     "fault_injected": ("fault", "member", "component"),
     "quiesce": ("generation",),
     "plan": ("generation",),
-    "groups_severed": ("generation",),
+    "groups_not_kept": ("generation",),
     "phase_done": ("generation", "phase"),
     "running": ("generation",),
     "resumed": ("generation",),
@@ -134,15 +135,14 @@ def plan_notes(
     answers: Answers,
     lost_steps: int,
 ) -> list[Note]:
-    """A plan, when the last worker had stopped for it if any had to, and who of those kept a
-    healthy replica from keeping its groups."""
+    """A plan; when the last worker had stopped for it, if any had to; and why healthy replicas do
+    not keep their groups, if some do not."""
     notes = [plan_note(plan, before, sizes, lost_steps)]
     if answers.last_at:
         fields = {"generation": plan.generation, "phase": "quiesce", "done_at": answers.last_at}
         notes.insert(0, Note("phase_done", fields))
-    if before is not None and (severed := _severed(plan, before, answers)):
-        fields = {"generation": plan.generation, "by": list(few(severed))}
-        notes.append(Note("groups_severed", fields))
+    if before is not None and (workers := list(few(_without_groups(plan, before, answers)))):
+        notes.append(Note("groups_not_kept", {"generation": plan.generation, "workers": workers}))
     return notes
 
 
@@ -204,28 +204,23 @@ def plan_note(plan: Plan, before: Plan | None, sizes: Sequence[AtomSizes], lost_
     )
 
 
-def _severed(plan: Plan, before: Plan, answers: Answers) -> list[str]:
-    """Who severed the groups of a replica that has all of its workers, and where it stood."""
-    severed = [
-        each for alike in answers.alike if not alike[0].replica_groups_intact for each in alike
-    ]
-    if not severed:
-        return []
+def _without_groups(plan: Plan, before: Plan, answers: Answers) -> Iterator[str]:
+    """Workers whose groups were not whole, in replicas that have all of their workers, and what
+    they were in the middle of: one of each kind."""
+    kinds = [alike for alike in answers.alike if not alike[0].replica_groups_intact]
+    if not kinds:
+        return
     old, kept = before.rows(), set(plan.kept_replicas)
-    rebuilt = {
-        member
-        for replica, row in plan.rows().items()
-        if replica not in kept and old.get(replica) == row
-        for _, member in row
-    }
-    return [f"{each.member} {_where(each)}" for each in severed if each.member in rebuilt]
+    rebuilt = {n for n, row in plan.rows().items() if n not in kept and old.get(n) == row}
+    for alike in kinds:
+        for each in alike:
+            if each.standing is not None and each.standing.slot.replica in rebuilt:
+                yield f"{each.member} {_where(each.standing)}"
+                break
 
 
-def _where(answer: Quiesced) -> str:
+def _where(standing: Standing) -> str:
     """What a worker was in the middle of when it stopped."""
-    standing = answer.standing
-    if standing is None:
-        return "without state"
     if standing.pending_generation:
         return f"in the barrier of generation {standing.pending_generation}"
     if standing.prepared > standing.committed:

@@ -23,6 +23,7 @@ the reason says so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
@@ -30,7 +31,7 @@ from operator import itemgetter
 from elastic.answers import Answers
 from elastic.apportion import apportion
 from elastic.candidates import Choice, choose
-from elastic.held_state import State, as_it_was_before, find_state, free_workers
+from elastic.held_state import State, find_state, free_workers, other_states
 from elastic.job_shape import JobShape as JobShape
 from elastic.job_shape import PlacementRules as PlacementRules
 from elastic.job_shape import home_devices as home_devices
@@ -86,16 +87,10 @@ def _plan_with(shape: JobShape, situation: Situation) -> Plan | NoPlan:
         return NoPlan("no worker is left")
     state = find_state(situation)
     if isinstance(state, State):
-        try:
-            return _plan(shape, situation, workers, state)
-        except NoHolder:
-            assert state.source is not None
-            held = dict(state.source.placement).keys() - dict(state.lost).keys()
-            missing = NoPlan(f"nobody alive holds {missing_state(state.source, held)}")
-            earlier = _plan_before(shape, situation, state, missing)
-            if earlier is not None:
-                return earlier
-            state = missing
+        for held in chain((state,), other_states(situation, state)):
+            with suppress(NoHolder):
+                return _plan(shape, situation, workers, held)
+        state = NoPlan(f"nobody alive holds {_missing(state)}")
     if situation.checkpoint is None:
         return NoPlan(f"{state.reason}, and there are no checkpoints")
     step = situation.checkpoint
@@ -104,19 +99,10 @@ def _plan_with(shape: JobShape, situation: Situation) -> Plan | NoPlan:
     return _plan(shape, situation, workers, restored)
 
 
-def _plan_before(
-    shape: JobShape, situation: Situation, state: State, missing: NoPlan
-) -> Plan | None:
-    """The plan on what is still held in an earlier layout than that of `state`, of which too much
-    is `missing`; None if there is none, or not of the same step."""
-    before = as_it_was_before(situation, state)
-    plan = _plan_with(shape, before) if before is not None else None
-    if not isinstance(plan, Plan) or plan.resume_step != state.resume.resume_step:
-        return None
+def _missing(state: State) -> str:
     assert state.source is not None
-    now, then = state.source.generation, plan.source_generation
-    why = f"{missing.reason} in the layout of generation {now}, but that of {then} is still held"
-    return replace(plan, redone=state.resume.redone, reason=f"{plan.reason}; {why}")
+    held = dict(state.source.placement).keys() - dict(state.lost).keys()
+    return missing_state(state.source, held)
 
 
 def newcomers(shape: JobShape, situation: Situation, present: Plan) -> tuple[Member, ...]:

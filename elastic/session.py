@@ -11,8 +11,10 @@ where none does, nobody has updated anything and s is redone. No committed step 
 
 A change of layout is decided in the same way. A worker that received its new shards keeps the old
 ones until it has passed a barrier behind the exchange. Whoever passed it knows that every rank
-received everything; so the newest layout that any survivor passed to is held by all of them, as
-their current state or as their pending one.
+received everything; so the newest layout that any survivor passed to is held by all that have a
+place in it, as their current state or as their pending one. Who is to leave keeps the old layout
+until it has passed too, the state of the same step, should the new one be lost
+(`elastic.held_state`).
 
 A rank that is stopped behind its backward pass, before any other replica's gradients came into its
 own, *keeps* these and says under which generation's plan it computed them. What becomes of them is

@@ -53,7 +53,7 @@ class Stalls:
     def cause(self, awaited: Iterable[Member], now: float, patience: float) -> str | None:
         """Why none of `awaited` goes on, naming the longest wait.
 
-        None: one of them may, or it has not been so for `patience` seconds of these questions.
+        None: one of them may, or not all have been found waiting for `patience` seconds.
         """
         longest = self._longest(awaited)
         if longest is None:

@@ -319,7 +319,8 @@ class Worker:
             trainable.discard()
         self._pending_generation = 0
         if not plan.survives(self.member):
-            # What it holds, if anything, is of a time when others went on without it.
+            # What it holds, if anything, is of a time when others went on without it, or of a
+            # layout of which others lost too much.
             trainable.release()
             self.session, self._layout_generation = Session(), 0
         has_state = self._layout_generation > 0

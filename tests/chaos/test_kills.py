@@ -145,11 +145,11 @@ def test_kills_in_both_stages_of_a_pipeline(tmp_path: Path) -> None:
     assert [[2, 2], [1, 1]] in [step["degrees"] for step in run.steps], "a slot outlived a stage"
     # A healthy replica keeps its groups, unless one of its ranks, which hears of the failure, has
     # not left the vote of the step before.
-    severed = {e["generation"]: e["by"] for e in run.journal if e["event"] == "groups_severed"}
+    told = {e["generation"]: e["workers"] for e in run.journal if e["event"] == "groups_not_kept"}
     reduced = [e for e in run.journal if e["event"] == "plan" and e["action"] == "REDUCE_TP"]
     for plan in (reduced[0], reduced[-1]):
-        in_vote = [who for who in severed.get(plan["generation"], ()) if " the vote of " in who]
-        assert plan["kept_replicas"] == [0] or in_vote, (plan, severed)
+        in_vote = [who for who in told.get(plan["generation"], ()) if " in the vote of " in who]
+        assert plan["kept_replicas"] == [0] or in_vote, (plan, told)
 
 
 @pytest.mark.chaos

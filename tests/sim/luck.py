@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STALL_SECONDS = 15.0
 """Long before the backend does, the runtime ends a wait that nothing else will end."""
+NOTICED_SECONDS = 5.0
+"""In which it does, behind a strike that kept it from noticing."""
 HANG_NOTICED_SECONDS = 4.0
 """After which the peers of a worker that hangs give its connections up."""
 
@@ -136,8 +138,16 @@ class Luck:
             # How long others may take is not known yet, so only the backend's timeout ends that.
             self._world.disturb(WAIT_SECONDS)
             return WAIT_SECONDS
-        clock.after(STALL_SECONDS, self._world.oracle.waits_no_more, worker, clock.now)
+        clock.after(STALL_SECONDS, self._must_be_over, worker, clock.now)
         return 2 * STALL_SECONDS
+
+    def _must_be_over(self, worker: SimWorker, since: float) -> None:
+        """A wait is, once whoever ends it has had the time for it behind the last strike."""
+        early = self.struck_at + NOTICED_SECONDS - self._clock.now
+        if early > 0.0:
+            self._clock.after(early, self._must_be_over, worker, since)
+        else:
+            self._world.oracle.waits_no_more(worker, since)
 
     def _hang(self, worker: SimWorker, seconds: float) -> None:
         clock = self._clock

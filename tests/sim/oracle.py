@@ -7,7 +7,7 @@ when, what each worker holds, and what its values should be.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pieces
@@ -239,7 +239,7 @@ class Oracle:
         for assignment in plan.participants:
             worker = self._processes[assignment.member]
             if worker.layout_generation and not worker.dead:
-                furthest = max(worker.session.committed, worker.session.voted)
+                furthest = _furthest(worker)
                 check(
                     plan.resume_step > furthest,
                     f"{worker.member} holds step {furthest}, to resume at {plan.resume_step}",
@@ -362,15 +362,29 @@ class Oracle:
             return
         check(finished.outcome == "halted", f"ended as {finished.outcome}: {finished.reason}")
         check("recoveries" not in finished.reason, f"gave up: {finished.reason}")
-        layout = max((worker.layout_generation for worker in workers), default=0)
-        held: set[tuple[int, Piece]] = set()
-        for worker in workers:
-            if layout and layout == worker.layout_generation:
-                held |= {(worker.held_at.stage, piece) for piece in worker.values}
-            elif layout and layout == worker.pending_generation:
-                held |= {(worker.place.stage, piece) for piece in worker.pending or ()}
-        whole = held == set(self._reference[0]) and "no slot has a worker" not in finished.reason
+        layouts = {w.layout_generation for w in workers} | {w.pending_generation for w in workers}
+        whole = any(self._is_held(layout, workers) for layout in layouts - {0})
+        whole = whole and "no slot has a worker" not in finished.reason
         check(not whole, f"halted although all is held: {finished.reason}")
+
+    def _is_held(self, layout: int, workers: Sequence[SimWorker]) -> bool:
+        """Whether all state is held in the layout of that generation, of the newest step."""
+        held: set[tuple[int, Piece]] = set()
+        newest = -1
+        for worker in workers:
+            if layout == worker.layout_generation:
+                held |= {(worker.held_at.stage, piece) for piece in worker.values}
+            elif layout == worker.pending_generation:
+                held |= {(worker.place.stage, piece) for piece in worker.pending or ()}
+            else:
+                continue
+            newest = max(newest, _furthest(worker))
+        return held == set(self._reference[0]) and newest == max(map(_furthest, workers))
+
+
+def _furthest(worker: SimWorker) -> int:
+    """The newest step that this worker knows to be decided."""
+    return max(worker.session.committed, worker.session.voted)
 
 
 def _names(members: Iterable[Member]) -> str:

@@ -114,6 +114,13 @@ def test_a_fresh_worker_that_counts_as_a_survivor_is_found(monkeypatch: pytest.M
     assert "to send" in found or "too much or too little" in found
 
 
+def test_state_that_is_whole_in_another_layout_alone_and_not_used_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planner, "other_states", lambda situation, state: iter(()))
+    assert "halted although all is held" in first_violation()[0]
+
+
 def test_a_slot_that_lacks_a_stage_but_is_active_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def any_stage(places: Iterable[Coordinate], stages: int) -> tuple[int, ...]:
         return tuple(sorted({place.slot for place in places}))

@@ -167,7 +167,7 @@ def test_a_plan_that_interrupted_a_step_cannot_call_groups_unbroken() -> None:
         (committed(3), 2, "in the barrier of generation 2"),
     ],
 )
-def test_a_group_that_a_member_severed_is_not_kept_and_the_journal_says_where_it_stood(
+def test_a_group_that_a_member_calls_broken_is_not_kept_and_the_journal_says_where_it_stood(
     session: Session, pending: int, where: str
 ) -> None:
     first = first_plan()
@@ -180,8 +180,8 @@ def test_a_group_that_a_member_severed_is_not_kept_and_the_journal_says_where_it
     plan = plan_generation(SHAPE, situation(there, answers, first))
     assert isinstance(plan, Plan) and plan.kept_replicas == ()
     notes = plan_notes(plan, first, SHAPE.sizes, Answers(answers.values()), 0)
-    severed = [note.fields for note in notes if note.event == "groups_severed"]
-    assert severed == [{"generation": 2, "by": [f"{there[broken]} {where}"]}]
+    told = [note.fields for note in notes if note.event == "groups_not_kept"]
+    assert told == [{"generation": 2, "workers": [f"{there[broken]} {where}"]}]
 
 
 def test_a_vote_that_one_survivor_holds_is_given_to_all() -> None:
@@ -268,30 +268,70 @@ def test_a_layout_that_one_survivor_passed_to_is_where_all_go_on_from() -> None:
     assert plan.source_generation == 1 and plan.reshard == second.reshard
 
 
-@pytest.mark.parametrize(("committed_since", "found"), [(3, True), (4, False)])
-def test_what_leavers_still_hold_counts_until_a_step_is_committed_without_them(
-    committed_since: int, found: bool
-) -> None:
-    """A replica hands over and leaves; a worker of the other is lost before it has forgotten."""
+LEAVING = frozenset(DeviceId(0, index) for index in range(SHAPE.tensor))
+"""The devices of replica 0."""
+
+
+def left_behind(committed_since: int) -> tuple[Situation, Plan]:
+    """Replica 0 hands over and leaves; a worker of replica 1 is lost before that has forgotten what
+    it held. Also the newest plan, which lets it go."""
     first, there = first_plan(), workers()
-    leavers = {m for place, m in there.items() if place.replica == 0}
-    leaving = frozenset(member.device for member in leavers)
     stopped = {m: answer(first, m, committed(3)) for m in there.values()}
-    second = plan_generation(SHAPE, replace(situation(there, stopped, first), leaving=leaving))
-    assert isinstance(second, Plan) and {m for _, m in second.donors} == leavers
+    second = plan_generation(SHAPE, replace(situation(there, stopped, first), leaving=LEAVING))
+    assert isinstance(second, Plan) and {m.device for _, m in second.donors} == LEAVING
     alive = without((1, 1))
+    answers = {
+        m: answer(first, m, committed(3), generation=3)
+        for m in alive.values()
+        if m.device in LEAVING
+    }
     stays = alive[Coordinate(1, 0, 0)]
-    answers = {m: answer(first, m, committed(3), generation=3) for m in leavers}
     answers[stays] = answer(second, stays, committed(committed_since).start(), generation=3)
-    seen = replace(situation(alive, answers, first, second), leaving=leaving)
-    third = plan_generation(SHAPE, seen)
-    if not found:
-        assert isinstance(third, NoPlan) and "nobody alive holds" in third.reason
-        return
+    return replace(situation(alive, answers, first, second), leaving=LEAVING), second
+
+
+@pytest.mark.parametrize("leaving", [LEAVING, frozenset()], ids=["leave", "may stay"])
+def test_what_leavers_still_hold_counts_as_long_as_no_step_is_committed_without_them(
+    leaving: frozenset[DeviceId],
+) -> None:
+    seen, second = left_behind(3)
+    third = plan_generation(SHAPE, replace(seen, leaving=leaving))
     assert isinstance(third, Plan)
     assert (third.source_generation, third.resume_step, third.redone) == (1, 4, True)
-    assert third.newcomers == (stays,) and {m for _, m in third.donors} == leavers
-    assert "but that of 1 is still held" in third.reason
+    assert third.newcomers == (workers()[Coordinate(1, 0, 0)],), "what it holds is of no use"
+    assert {m.device for _, m in third.donors} == leaving
+    assert "on the state in the layout of generation 1" in third.reason
+    change = difference(second, third)
+    assert change is not None and changed(second, change) == third
+
+
+def test_what_leavers_still_hold_is_of_no_use_once_a_step_is_committed_without_them() -> None:
+    third = plan_generation(SHAPE, left_behind(4)[0])
+    assert isinstance(third, NoPlan) and "nobody alive holds" in third.reason
+
+
+@pytest.mark.parametrize("had_begun", [True, False])
+def test_who_let_go_of_its_state_in_its_old_place_gets_all_of_it_anew_again(
+    had_begun: bool,
+) -> None:
+    """The change to what was still held is interrupted, in the midst of it or before it began."""
+    seen, second = left_behind(3)
+    third = plan_generation(SHAPE, seen)
+    assert isinstance(third, Plan)
+    first, stays = first_plan(), workers()[Coordinate(1, 0, 0)]
+    answers = {m: answer(first, m, committed(3), generation=4) for m in seen.answers.by_member}
+    answers[stays] = (
+        answer(first, stays, committed(3), generation=4, layout=0, pending=3)
+        if had_begun
+        else answer(second, stays, committed(3).start(), generation=4)
+    )
+    alive = {p: m for p, m in workers().items() if m in answers}
+    fourth = plan_generation(
+        SHAPE, replace(situation(alive, answers, first, second, third), leaving=LEAVING)
+    )
+    assert isinstance(fourth, Plan)
+    assert (fourth.source_generation, fourth.newcomers) == (1, (stays,))
+    assert fourth.reshard == third.reshard
 
 
 def test_a_contradiction_is_no_plan_rather_than_a_crash() -> None:
