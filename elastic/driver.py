@@ -18,7 +18,7 @@ from elastic.keys import decode, job_prefix, position_key
 from elastic.leadership import Leadership, elected
 from elastic.recorded import Recorded, read_messages
 from elastic.store import GuardFailed, LeaseLost, Store
-from elastic.term import Reported, Term
+from elastic.term import Term, replay
 
 MakeController = Callable[[Recorded, float], Controller]
 """Given what the store says of the job, and the time."""
@@ -105,14 +105,5 @@ class Driver:
         self, leadership: Leadership, recorder: Recorder, finish: Finish, written_to: int
     ) -> None:
         """Write the end of the run's files for a leader that was lost once it had ended the job."""
-        changes = self._store.watch(job_prefix(self._job), after=written_to)
-        position = str(written_to).encode()
-        last = await self._store.put(position_key(self._job), position, guard=leadership.guard)
-        async for change in changes:
-            if change.revision >= last:
-                break
-            message = decode(self._job, change.key, change.value) if change.value else None
-            if isinstance(message, Reported):
-                recorder.observe(time.time(), message)
-                recorder.catch_up(time.time(), message)
+        await replay(self._store, self._job, leadership, recorder, written_to)
         recorder.observe(time.time(), finish)

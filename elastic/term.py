@@ -12,7 +12,8 @@ long it kept silent is passed on first, so that nobody is called late for it.
 
 The run's files are the leader's. A successor replays the reports since the revision up to which its
 predecessor had written them, which that one notes in the store. What is written by then includes
-nothing that still waits for other reports.
+nothing that still waits for other reports. A term that is over before it came so far replays the
+rest first, as nobody will come after it.
 """
 
 from __future__ import annotations
@@ -182,6 +183,10 @@ class Term:
                 case Note():
                     self._recorder.observe(time.time(), effect)
                 case Finish():
+                    if self._seen < self._begins_at:
+                        await replay(
+                            store, self._job, self._leadership, self._recorder, self._written
+                        )
                     self._recorder.observe(time.time(), effect)
                     return effect
         return None
@@ -259,3 +264,22 @@ class Term:
     async def _until_lost(self) -> None:
         await self._leadership.lease.wait_lost()
         raise LeaseLost("the lease of the lead ended")
+
+
+async def replay(
+    store: Store, job: str, leadership: Leadership, recorder: Recorder, written_to: int
+) -> None:
+    """Write what reports tell since the revision up to which the run's files are written.
+
+    Raises GuardFailed or LeaseLost when the lead is lost.
+    """
+    changes = store.watch(job_prefix(job), after=written_to)
+    position = str(written_to).encode()
+    last = await store.put(position_key(job), position, guard=leadership.guard)
+    async for change in changes:
+        if change.revision >= last:
+            return
+        message = decode(job, change.key, change.value) if change.value else None
+        if isinstance(message, Reported):
+            recorder.observe(time.time(), message, change.revision)
+            recorder.catch_up(time.time(), message)

@@ -21,6 +21,7 @@ from elastic.memory_store import MemoryStore
 from elastic.messages import AgentRecord, ComponentFault, Failed, FaultFired, NodeProgress, Stop
 from elastic.recorded import Recorded
 from elastic.topology import DeviceId, Member
+from elastic.worker_status import fresh_status, summed_up
 
 SHAPE = job_shape()
 PATIENCE_SECONDS = 5.0
@@ -234,3 +235,32 @@ def test_a_run_whose_leader_was_lost_at_the_very_end_is_concluded_once(tmp_path:
     events = [entry["event"] for entry in journal(tmp_path)]
     assert events == ["workers_ready", "fault_injected", "finish"]
     assert json.loads((tmp_path / "summary.json").read_text())["outcome"] == "completed"
+
+
+def test_the_last_steps_of_a_job_that_was_done_before_anybody_led_again_are_written(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(SHAPE)
+    stage.start()
+
+    async def main() -> Finish:
+        store = MemoryStore()
+        begun = await store.put(position_key("job"), b"0")
+        await store.put(position_key("job"), str(begun).encode())
+        for message in stage.stored.values():
+            await store.put(key_of("job", message), encode(message))
+        statuses = {member: fresh_status(member) for member in stage.placed}
+        for step in range(SHAPE.steps):
+            done = [step_done(1, member, step, 10.0 + step) for member in stage.placed]
+            for word in done:
+                statuses[word.member] = summed_up(statuses[word.member], word)
+            for node in range(SHAPE.replicas):
+                words = tuple(word for word in done if word.member.device.node == node)
+                of_node = tuple(s for m, s in statuses.items() if m.device.node == node)
+                progress = NodeProgress(node, words, of_node)
+                await store.put(key_of("job", progress), encode(progress))
+        return await asyncio.wait_for(Candidate(store, tmp_path).driver.run(), PATIENCE_SECONDS)
+
+    assert asyncio.run(main()).outcome == "completed"
+    steps = [json.loads(line)["step"] for line in (tmp_path / "steps.jsonl").open()]
+    assert steps == list(range(SHAPE.steps))
