@@ -96,7 +96,8 @@ def _survivors(situation: Situation) -> tuple[list[tuple[Standing, int]], set[Me
     """What the survivors hold, and how many hold alike; and who answered, but holds nothing that
     counts.
 
-    Nothing counts that a worker holds which idled since a plan that others adopted.
+    Nothing counts that a worker holds which idled since a plan that others adopted, or which has
+    none of that plan's layout because a later one had it go on from another, or begin anew.
     """
     held: list[tuple[Standing, list[Quiesced]]] = []
     empty = set[Member]()
@@ -108,20 +109,36 @@ def _survivors(situation: Situation) -> tuple[list[tuple[Standing, int]], set[Me
     generations = {standing.layout_generation for standing, _ in held}
     newest = max(generations, default=0)
     if newest in situation.history and generations - {0, newest}:
-        placed = set(map(itemgetter(1), situation.history[newest].placement))
-        idled = {
+        bound = _bound_to(newest, situation.history)
+        apart = {
             answer.member
             for standing, group in held
             if standing.layout_generation
+            and newest not in (standing.layout_generation, standing.pending_generation)
             for answer in group
-            if answer.member not in placed
+            if answer.member not in bound
         }
-        empty |= idled
+        empty |= apart
         held = [
-            (standing, [answer for answer in group if answer.member not in idled])
+            (standing, [answer for answer in group if answer.member not in apart])
             for standing, group in held
         ]
     return [(standing, len(group)) for standing, group in held if group], empty
+
+
+def _bound_to(layout: int, history: Mapping[int, Plan]) -> set[Member]:
+    """Who must hold the layout of that generation, as some have adopted it.
+
+    A later plan may have been interrupted when only some had settled on what it goes on from. Those
+    hold no other layout any more; and who was to begin anew may hold an earlier one yet.
+    """
+    bound = set(map(itemgetter(1), history[layout].placement))
+    for generation, plan in history.items():
+        if generation > layout:
+            if plan.source_generation != layout:
+                return set()
+            bound.difference_update(plan.newcomers)
+    return bound
 
 
 def _elsewhere(layout: int, situation: Situation) -> set[Member]:

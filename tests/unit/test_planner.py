@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 from scenes import VOTE, committed, job_shape, node_devices, prepared
 
 from elastic import planner
@@ -332,6 +333,35 @@ def test_who_let_go_of_its_state_in_its_old_place_gets_all_of_it_anew_again(
     assert isinstance(fourth, Plan)
     assert (fourth.source_generation, fourth.newcomers) == (1, (stays,))
     assert fourth.reshard == third.reshard
+
+
+@pytest.mark.parametrize("came", [0, 1, 2], ids=["none", "one", "two"])
+def test_a_change_to_what_only_some_received_goes_on_however_many_have_settled(came: int) -> None:
+    """A fresh worker received the last copy of its shards, and of its mates one did not come so
+    far. That one is to begin anew, and does not know it when the change is interrupted."""
+    first, there = first_plan(), workers()
+    fresh = Member(DeviceId(0, 1), 2)
+    alive = {**there, Coordinate(0, 0, 1): fresh}
+    held = {m: answer(first, m, committed(3)) for m in there.values() if m in alive.values()}
+    second = plan_generation(SHAPE, situation(alive, held, first))
+    assert isinstance(second, Plan) and second.newcomers == (fresh,)
+    del alive[Coordinate(1, 0, 1)]
+    stays, behind = alive[Coordinate(0, 0, 0)], alive[Coordinate(1, 0, 0)]
+    answers = {
+        stays: answer(first, stays, committed(3), generation=3, pending=2),
+        fresh: answer(second, fresh, committed(3), generation=3, layout=0, pending=2),
+        behind: answer(first, behind, committed(3), generation=3),
+    }
+    third = plan_generation(SHAPE, situation(alive, answers, first, second))
+    assert isinstance(third, Plan)
+    assert (third.source_generation, third.newcomers) == (2, (behind,))
+    answers = {member: structs.replace(each, generation=4) for member, each in answers.items()}
+    for member in (stays, fresh)[:came]:
+        answers[member] = answer(second, member, committed(3), generation=4)
+    fourth = plan_generation(SHAPE, situation(alive, answers, first, second, third))
+    assert isinstance(fourth, Plan)
+    assert (fourth.source_generation, fourth.newcomers) == (2, (behind,))
+    assert (fourth.resume_step, fourth.reshard) == (4, third.reshard)
 
 
 def test_a_contradiction_is_no_plan_rather_than_a_crash() -> None:
