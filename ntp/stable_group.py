@@ -12,9 +12,7 @@ Duplicates, so that a descriptor number which gloo closed and the kernel reused 
 communicators are aborted; one that nobody had to abort may be shrunk to some of its members, by all
 of these together: one that connected anew instead would wait for the others in vain.
 
-Small all-reduces over gloo do not use gloo's ring, whose 2(n-1) dependent rounds cost milliseconds
-each on a busy host: the first rank adds what the others send it, in rank order, and returns the
-sum.
+Small all-reduces over gloo do not use gloo's ring, but `ntp.star`.
 """
 
 from __future__ import annotations
@@ -30,13 +28,11 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ntp.groups import GroupAxis
+from ntp.star import star_all_reduce
 
 STAR_LIMIT_BYTES = 4 * 1024 * 1024
 """All-reduces over gloo go through the first rank while that receives at most this much;
 `benchmarks/all_reduce.py` measures where the ring overtakes."""
-
-STAR_TAG = 1 << 20
-"""Tag of the star's messages; the exchanges of `ntp.exchange` stay below it."""
 
 
 class GroupSevered(RuntimeError):
@@ -57,6 +53,7 @@ class Communicator:
         self.members = members
         self.timeout = timeout
         self.severed = False
+        self.unanswered: list[Any] = []
         self._sockets = list(sockets)
 
     def sever(self) -> None:
@@ -100,6 +97,7 @@ class Communicator:
         """Sever, and let go of the group and its descriptors."""
         self.sever()
         self.group = None
+        self.unanswered.clear()
         for connection in self._sockets:
             connection.close()
         self._sockets = []
@@ -215,7 +213,9 @@ class StableGroup(dist.ProcessGroup):
             # One wait for all of its messages: a step has a dozen of these and more.
             self._waits.wait(monotonic())
             try:
-                _star_all_reduce(inner, tensor, opts.reduceOp, communicator.timeout)
+                star_all_reduce(
+                    inner, tensor, opts.reduceOp, communicator.timeout, communicator.unanswered
+                )
             finally:
                 self._waits.resume(monotonic())
             return _Done()
@@ -274,31 +274,3 @@ class StableGroup(dist.ProcessGroup):
         """Delegate."""
         opts = opts if opts is not None else dist.BarrierOptions()
         return self._watched(self.inner.barrier(opts))
-
-
-def _star_all_reduce(group: Any, tensor: torch.Tensor, operation: Any, timeout: timedelta) -> None:
-    """All-reduce through rank 0, which combines contributions in rank order.
-
-    `timeout` bounds the wait for each message.
-    """
-    size, rank = group.size(), group.rank()
-    if size == 1:
-        return
-    if rank:
-        given = group.send([tensor], 0, STAR_TAG)
-        # The sum comes when all of the part has left, so it may take its place. A wait for the part
-        # would not notice that the first rank was lost in the middle of it.
-        group.recv([tensor], 0, STAR_TAG + 1).wait(timeout)
-        given.wait(timeout)
-        return
-    received = [torch.empty_like(tensor) for _ in range(size - 1)]
-    pending = [group.recv([buffer], peer + 1, STAR_TAG) for peer, buffer in enumerate(received)]
-    for work, buffer in zip(pending, received, strict=True):
-        work.wait(timeout)
-        if operation == dist.ReduceOp.MAX:
-            torch.maximum(tensor, buffer, out=tensor)
-        else:
-            assert operation == dist.ReduceOp.SUM, operation
-            tensor += buffer
-    for work in [group.send([tensor], peer, STAR_TAG + 1) for peer in range(1, size)]:
-        work.wait(timeout)

@@ -24,6 +24,7 @@ from ntp.geometry import SlotRef
 from ntp.groups import GroupAxis, GroupSpec, groups_of, places
 from ntp.process_groups import ProcessGroups, is_connection_error
 from ntp.stable_group import STAR_LIMIT_BYTES, GroupSevered, StableGroup
+from ntp.star import STAR_TAG
 from ntp.sync_plan import plan_sync
 
 SMALL = 7
@@ -281,6 +282,53 @@ def test_star_adds_in_rank_order(cluster: Cluster) -> None:
         assert torch.equal(total, expected)
 
 
+def reused_rank(rank: Rank) -> list[list[float]]:
+    """The sums of large tensors, which are overwritten at once when they are there."""
+    groups = rank.groups()
+    world_of(rank, groups, 1, rank.size)
+    tensor = torch.empty(STAR_LIMIT_BYTES // 4 // (rank.size - 1))
+    sums = []
+    for turn in range(5):
+        tensor.fill_(turn + rank.rank)
+        dist.all_reduce(tensor, group=groups.world)
+        sums.append(tensor.unique().tolist())
+        tensor.fill_(torch.nan)
+    return sums
+
+
+def test_a_sum_may_be_overwritten_while_it_is_on_its_way_to_others(cluster: Cluster) -> None:
+    assert cluster.run(reused_rank, 3) == [[[3.0 * turn + 3.0] for turn in range(5)]] * 3
+
+
+def star_with_one_that_dies(rank: Rank, dies: int) -> tuple[bool, str]:
+    """Whether what is told of an all-reduce is a lost connection, and its words.
+
+    Who dies has just posted its part of it: to the first rank, or the sum to another.
+    """
+    groups = rank.groups()
+    world_of(rank, groups, 1, rank.size)
+    # It takes far longer to leave than a process takes to kill itself.
+    tensor = torch.zeros(64 * 1024 * 1024)
+    if rank.rank == dies:
+        inner = groups.world.inner
+        inner.send([tensor], 1 - dies, STAR_TAG + (dies == 0))
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError) as caught:
+        patch.setattr(stable_group, "STAR_LIMIT_BYTES", tensor.nbytes)
+        dist.all_reduce(tensor, group=groups.world)
+    return is_connection_error(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_lost_in_the_middle_of_its_part_of_a_star_is_noticed(
+    cluster: Cluster, dies: int
+) -> None:
+    results = cluster.run(star_with_one_that_dies, 2, dies, dies={dies})
+    lost_connection, words = results[1 - dies]
+    assert lost_connection, words
+    assert "imed out" not in words
+
+
 class Told:
     """Keeps what is said of waits."""
 
@@ -307,7 +355,7 @@ def told_rank(rank: Rank) -> list[str]:
         raise RuntimeError("a peer is gone")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stable_group, "_star_all_reduce", breaks)
+        patch.setattr(stable_group, "star_all_reduce", breaks)
         with pytest.raises(RuntimeError, match="a peer is gone"):
             sum_of_ones(groups.world)
     return told.words
