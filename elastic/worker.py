@@ -324,6 +324,7 @@ class Worker:
             trainable.release()
             self.session, self._layout_generation = Session(), 0
         has_state = self._layout_generation > 0
+        assert has_state or not plan.survives(self.member), "the plan counts on state that is gone"
         if has_state and self.session.committed < plan.resume_step - 1:
             assert plan.apply_vote is not None, "the plan skips a step that this worker lacks"
             if self.session.point is StepPoint.PREPARED:
