@@ -7,7 +7,8 @@ Nobody waits for a message that may be partly through, which gloo would forget w
 (`ntp.marked_exchange`): a mark follows a part or a sum that does not leave as a whole, and whoever
 sent one waits for it when an answer shows that it was received. For a part that is the sum; for a
 sum it is the receiver's part of the next all-reduce. Until then the sum is on its way, so it is
-sent from a copy.
+sent from a copy. It is not made of MarkedExchanges, as those keep an account of each wait, and here
+one is kept of them all.
 """
 
 from __future__ import annotations
