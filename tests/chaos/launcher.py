@@ -202,6 +202,13 @@ class Run:
         return _lines(self.directory / "journal.jsonl")
 
 
+def pause(step: int, seconds: float) -> dict[str, Any]:
+    """A fault that holds the job up at a step, so that it is not over before something happens."""
+    arguments = {"seconds": seconds}
+    target = {"replica": 0, "slot": 0}
+    return {"at_step": step, "kind": "slow", "target": target, "args": arguments}
+
+
 def run_job(
     directory: Path, faults: Sequence[dict[str, Any]] = (), overrides: Sequence[str] = ()
 ) -> Run:

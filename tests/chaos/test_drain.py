@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.chaos.checks import check_like_calm
-from tests.chaos.launcher import SMALL_JOB, TOKEN, Launch, Run, launch, wait_until_gone
+from tests.chaos.launcher import SMALL_JOB, TOKEN, Launch, Run, launch, pause, wait_until_gone
 
 HANDED_OVER = "node1 left: its work was handed over"
 
@@ -39,7 +39,8 @@ def drain(started: Launch, pid: int) -> None:
 
 
 def test_a_drained_node_costs_no_step(tmp_path: Path, calm_run: Callable[[str], Run]) -> None:
-    with launch(arguments(tmp_path)) as started:
+    (tmp_path / "faults.yaml").write_text(yaml.safe_dump([pause(20, seconds=2)]))
+    with launch([*arguments(tmp_path), "--faults", str(tmp_path / "faults.yaml")]) as started:
         started.wait_for_line("step 10/")
         drain(started, agent_of_node_1(started)[0])
         output = started.output.read()

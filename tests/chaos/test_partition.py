@@ -20,6 +20,7 @@ from tests.chaos.launcher import (
     Launch,
     Run,
     launch,
+    pause,
     run_job,
     wait_until_gone,
 )
@@ -67,12 +68,7 @@ def test_a_node_that_is_cut_off_commits_nothing_and_comes_back(tmp_path: Path) -
             "heal_at_step": HEALED_AT,
         },
         # The job is not to be over before the node can be back, however fast this machine is.
-        {
-            "at_step": HEALED_AT + 15,
-            "kind": "slow",
-            "target": {"replica": 0, "slot": 0},
-            "args": {"seconds": 4},
-        },
+        pause(HEALED_AT + 15, seconds=4),
     ]
     run = run_job(tmp_path / "cut", faults, [*THREE_NODES, "store.kind=etcd"])
     check_like_calm(run, calm, tolerance=1e-9, failures=2)
