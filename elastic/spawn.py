@@ -6,9 +6,9 @@ replacement is running before its generation is planned. Nothing in the server h
 accelerator or started a thread when it forks.
 
 Every process leads its own process group, so that a signal reaches all that it may have started,
-and is killed by the kernel when the fork server dies. The server ends with its agent: it watches a
-pipe whose other end only the agent may hold, so each child closes the copy that multiprocessing
-hands down to let children start processes of their own.
+and is killed by the kernel when the fork server dies. The server ends with its agent, at once
+(`elastic.fork_server`): it watches a pipe whose other end only the agent may hold, so each child
+closes the copy that multiprocessing hands down to let children start processes of their own.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Spawner:
 
     def __init__(self, preload: tuple[str, ...]) -> None:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(preload))
+        self._context.set_forkserver_preload([*preload, "elastic.fork_server"])
 
     def warm_up(self) -> None:
         """Wait until the fork server has done its imports; the first of several callers waits."""

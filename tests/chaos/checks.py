@@ -24,7 +24,7 @@ def check_survived(run: Run, calm: Run, tolerance: float, failures: int) -> None
     assert summary["lost_steps"] == 0
     assert summary["redone_steps"] <= failures
     check_comparison(run.directory, calm.directory, tolerance)
-    assert run.left_over == (), "processes were left behind"
+    assert run.left_over == (), f"processes were left behind: {run.left_over}"
 
 
 def check_comparison(run: Path, calm: Path, tolerance: float) -> None:

@@ -85,6 +85,10 @@ class Launch:
         """Process ids of everybody that carries the token, without the launcher itself."""
         return [pid for pid in carriers(self.token) if pid != self.process.pid]
 
+    def left_over(self) -> tuple[str, ...]:
+        """Whoever carries the token now that all is over, as told by the kernel."""
+        return tuple(told for pid in self.descendants() if (told := _describe(pid)))
+
     def worker(self, node: int, index: int) -> int:
         """Process id of the worker on a device, told by the log it writes to."""
         name = f"node{node}-{index}."
@@ -153,6 +157,18 @@ def carriers(token: str) -> list[int]:
     return found
 
 
+def _describe(pid: int) -> str:
+    """What a process is and does; nothing if it ended meanwhile."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
+        output = Path(f"/proc/{pid}/fd/1").readlink()
+    except OSError:
+        return ""
+    told = [line for line in status.splitlines() if line.startswith(("State", "PPid", "Threads"))]
+    return f"{pid}: {command} > {output} {' '.join(told)}"
+
+
 def wait_until_gone(pids: Sequence[int], timeout_seconds: float) -> list[int]:
     """Wait for processes to end; returns those that did not within the time."""
     waiting: dict[int, int] = {}
@@ -183,7 +199,7 @@ class Run:
     directory: Path
     exit_code: int
     output: str
-    left_over: tuple[int, ...]
+    left_over: tuple[str, ...]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -225,7 +241,7 @@ def run_job(
     with launch(arguments) as started:
         output = started.output.read()
         exit_code = started.process.wait()
-        left_over = tuple(started.descendants())
+        left_over = started.left_over()
     return Run(directory / "run", exit_code, output, left_over)
 
 

@@ -45,7 +45,7 @@ def test_a_drained_node_costs_no_step(tmp_path: Path, calm_run: Callable[[str], 
         drain(started, agent_of_node_1(started)[0])
         output = started.output.read()
         exit_code = started.process.wait()
-        run = Run(tmp_path / "run", exit_code, output, tuple(started.descendants()))
+        run = Run(tmp_path / "run", exit_code, output, started.left_over())
     check_like_calm(run, calm_run("float64"), tolerance=1e-9, failures=0)
     assert run.summary["failures"] == [] and run.summary["redone_steps"] == 0
     assert run.steps[-1]["degrees"] == [[4]], "nobody left"
@@ -71,4 +71,4 @@ def test_a_drained_node_may_come_back_and_drain_again(tmp_path: Path) -> None:
         os.kill(started.process.pid, signal.SIGINT)
         output = started.output.read()
         assert started.process.wait() == 130, output
-        assert started.descendants() == []
+        assert started.left_over() == ()

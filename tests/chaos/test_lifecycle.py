@@ -44,7 +44,7 @@ def test_ctrl_c_ends_the_run_and_everything_in_it(config: Path, tmp_path: Path) 
         output = started.output.read()
         assert started.process.wait() == 130, output
         assert wait_until_gone(workers, timeout_seconds=10) == []
-        assert started.descendants() == []
+        assert started.left_over() == ()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["outcome"] == "interrupted"
 
@@ -57,7 +57,7 @@ def test_ctrl_c_in_a_terminal_while_everything_still_imports(config: Path, tmp_p
         os.killpg(started.process.pid, signal.SIGINT)
         output = started.output.read()
         assert started.process.wait() == 130, output
-        assert started.descendants() == []
+        assert started.left_over() == ()
     assert "Traceback" not in output
     assert json.loads((target / "summary.json").read_text())["outcome"] == "interrupted"
 
@@ -69,7 +69,7 @@ def test_a_signal_while_workers_are_being_forked(config: Path, tmp_path: Path) -
         os.kill(started.process.pid, signal.SIGTERM)
         output = started.output.read()
         assert started.process.wait() == 130, output
-        assert started.descendants() == []
+        assert started.left_over() == ()
 
 
 def test_figures_that_are_not_finite_end_nothing(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_workers_die_with_a_killed_launcher(config: Path, tmp_path: Path) -> Non
         assert len(workers) >= 8
         os.kill(started.process.pid, signal.SIGKILL)
         assert wait_until_gone(workers, timeout_seconds=10) == []
-        assert started.descendants() == []
+        assert started.left_over() == ()
     assert set(Path("/dev/shm").iterdir()) <= segments
 
 
@@ -142,7 +142,7 @@ def test_the_loss_of_every_holder_halts_with_a_reason(tmp_path: Path) -> None:
     # The first losses may reach a worker before its own fault does: it lives to answer in vain.
     reason = "no worker is left" if len(lost) == 8 else "nobody alive holds"
     assert halt["reason"].startswith(reason), (halt, lost)
-    assert run.left_over == ()
+    assert run.left_over == (), run.left_over
 
 
 def test_help_loads_no_torch() -> None:

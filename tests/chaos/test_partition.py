@@ -140,7 +140,7 @@ def test_nothing_is_left_of_a_network_however_its_run_ends(
         assert wait_until_gone([started.process.pid, *inside], timeout_seconds=20) == []
         assert started.process.wait() == (130 if number is signal.SIGINT else -number)
         # A namespace without a name ends with the last process in it.
-        assert started.descendants() == []
+        assert started.left_over() == ()
     assert interfaces() == before
 
 

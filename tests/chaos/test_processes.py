@@ -87,5 +87,5 @@ def test_a_node_returns_with_its_agent_and_ctrl_c_ends_all_processes(tmp_path: P
         os.kill(started.process.pid, signal.SIGINT)
         output = started.output.read()
         assert started.process.wait() == 130, output
-        assert started.descendants() == []
+        assert started.left_over() == ()
     assert json.loads((target / "summary.json").read_text())["outcome"] == "interrupted"

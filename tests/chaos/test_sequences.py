@@ -53,7 +53,7 @@ def test_a_random_sequence_of_faults_changes_nothing(seed: int, tmp_path: Path, 
     check_comparison(run.directory, calm.directory, tolerance=1e-9)
     struck = {entry["fault"] for entry in run.journal if entry["event"] == "fault_injected"}
     assert struck == set(range(1, FAULTS + 1)), "a fault never struck"
-    assert run.left_over == (), "processes were left behind"
+    assert run.left_over == (), f"processes were left behind: {run.left_over}"
 
 
 @given(seed=st.integers(0, 10**6))

@@ -23,7 +23,7 @@ def run_with_signal(directory: Path, number: signal.Signals) -> Run:
         os.kill(started.worker(node=1, index=2), number)
         output = started.output.read()
         exit_code = started.process.wait()
-        return Run(directory / "run", exit_code, output, tuple(started.descendants()))
+        return Run(directory / "run", exit_code, output, started.left_over())
 
 
 def test_a_kill_from_outside_is_replaced_on_the_same_device(
