@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -87,7 +88,7 @@ class Launch:
 
     def left_over(self) -> tuple[str, ...]:
         """Whoever carries the token now that all is over, as told by the kernel."""
-        return tuple(told for pid in self.descendants() if (told := _describe(pid)))
+        return tuple(map(_describe, self.descendants()))
 
     def worker(self, node: int, index: int) -> int:
         """Process id of the worker on a device, told by the log it writes to."""
@@ -158,15 +159,13 @@ def carriers(token: str) -> list[int]:
 
 
 def _describe(pid: int) -> str:
-    """What a process is and does; nothing if it ended meanwhile."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
-        output = Path(f"/proc/{pid}/fd/1").readlink()
-    except OSError:
-        return ""
-    told = [line for line in status.splitlines() if line.startswith(("State", "PPid", "Threads"))]
-    return f"{pid}: {command} > {output} {' '.join(told)}"
+    """What a process is and does, as far as it lets that be told: it may be ending."""
+    place, told = Path(f"/proc/{pid}"), [f"{pid}:"]
+    with contextlib.suppress(OSError):
+        told.append((place / "cmdline").read_text().replace("\0", " ").strip())
+        told += re.findall(r"^(?:State|PPid|Threads):.*", (place / "status").read_text(), re.M)
+        told.append(f"> {(place / 'fd' / '1').readlink()}")
+    return " ".join(told)
 
 
 def wait_until_gone(pids: Sequence[int], timeout_seconds: float) -> list[int]:
